@@ -1,0 +1,15 @@
+"""AdaMixer on MMDetection: neck, initial queries, sampling, mixing, stage, decoder, detector."""
+
+from .decoder import AdaMixerDecoder
+from .detector import QueryBased
+from .neck import ChannelMapping
+from .query_generator import InitialQueryGenerator
+from .stage import AdaMixerDecoderStage
+
+__all__ = [
+    "AdaMixerDecoder",
+    "AdaMixerDecoderStage",
+    "ChannelMapping",
+    "InitialQueryGenerator",
+    "QueryBased",
+]

@@ -1,0 +1,78 @@
+"""Adaptive mixing: adaptive channel mixing (ACM), adaptive spatial mixing (ASM), and the output projection."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdet_lors.lors import AdaptiveWeights
+
+Generator = Callable[[Tensor], list[Tensor]]
+Projection = Callable[[Tensor], Tensor]
+
+
+def adaptive_channel_mixing(x: Tensor, M: Tensor) -> Tensor:
+    """ACM: ReLU(LN(X M)). x (..., P_in, C), M (..., C, C); the LayerNorm spans the last two dims, no affine."""
+    x = x @ M
+    return F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
+
+
+def adaptive_spatial_mixing(x: Tensor, S: Tensor) -> Tensor:
+    """ASM: ReLU(LN(S X)). x (..., P_in, C), S (..., P_out, P_in) -> (..., P_out, C); LayerNorm as in ACM."""
+    x = S @ x
+    return F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
+
+
+class AdaptiveMixing(nn.Module):
+    """q <- LN(q + W_out flatten(ASM(ACM(x)))), with M and S generated from q.
+
+    M, S and W_out are a stage's own, or come from the LORS modules of the whole stack: the mixing is the same.
+
+    Args:
+        content_dim: d.
+        feat_channels: G * C.
+        num_groups: G.
+        in_points, out_points: P_in and P_out.
+        own_generator, own_out_proj: whether this stage owns what makes M and S, and W_out; ``False`` where
+            the stack provides them.
+    """
+
+    def __init__(
+        self,
+        content_dim: int,
+        feat_channels: int,
+        num_groups: int,
+        in_points: int,
+        out_points: int,
+        own_generator: bool = True,
+        own_out_proj: bool = True,
+    ) -> None:
+        super().__init__()
+        channels = feat_channels // num_groups
+        self.copies = num_groups
+        self.shapes = [(channels, channels), (out_points, in_points)]
+        self.out_features = num_groups * out_points * channels
+        self.parameter_generator = (
+            AdaptiveWeights(content_dim, self.shapes, num_groups) if own_generator else None
+        )
+        self.out_proj = nn.Linear(self.out_features, content_dim) if own_out_proj else None
+        self.norm = nn.LayerNorm(content_dim)
+
+    def forward(
+        self, x: Tensor, query: Tensor, generate: Generator | None = None, project: Projection | None = None
+    ) -> Tensor:
+        """Mix the sampled features into the query.
+
+        Args:
+            x: sampled features (B, N, G, P_in, C).
+            query: content (B, N, d).
+            generate: query -> [M, S], each (B, N, G, ...); this stage's own by default.
+            project: (B, N, G * P_out * C) -> (B, N, d); this stage's own by default.
+
+        Returns:
+            The new content (B, N, d).
+        """
+        M, S = (generate or self.parameter_generator)(query)
+        x = adaptive_channel_mixing(x, M)
+        x = adaptive_spatial_mixing(x, S)
+        return self.norm(query + (project or self.out_proj)(x.flatten(2)))

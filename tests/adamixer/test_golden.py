@@ -1,0 +1,232 @@
+"""Ours against numbers recorded from the reference implementations, in float64."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmdet_lors.adamixer.boxes import position_encoding
+from mmdet_lors.adamixer.reference import DROPPED, convert, rename
+from mmdet_lors.adamixer.sampling import AdaptiveSampling, sample_3d
+
+OPERATOR, STAGE = 1e-9, 1e-8
+DATA = Path(__file__).parents[1] / "data"
+NAMES = ["adamixer", "lors"]
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
+
+
+def decoder_config(golden: dict) -> dict:
+    p = golden["params"]
+    lors = None
+    if "roi_head.adaptive_mixing.base_out_proj.weight" in golden["state_dict"]:
+        lors = dict(
+            adaptive=dict(rank=golden["kernel_sizes"], groups=golden["kernel_groups"]),
+            static=dict(rank=golden["ranks"]),
+        )
+    return dict(
+        type="AdaMixerDecoder",
+        num_stages=p["num_stages"],
+        num_classes=p["ncls"],
+        featmap_strides=golden["featmap_strides"],
+        stage=dict(
+            type="AdaMixerDecoderStage",
+            content_dim=p["C"],
+            feat_channels=p["C"],
+            num_heads=p["heads"],
+            ffn_channels=p["ffn"],
+            num_groups=p["groups"],
+            in_points=p["pin"],
+            out_points=p["pout"],
+        ),
+        lors=lors,
+        loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
+        loss_bbox=dict(type="L1Loss", loss_weight=5.0),
+        loss_iou=dict(type="GIoULoss", loss_weight=2.0),
+        train_cfg=dict(
+            assigner=dict(
+                type="HungarianAssigner",
+                match_costs=[
+                    dict(type="FocalLossCost", weight=2.0),
+                    dict(type="BBoxL1Cost", weight=5.0),
+                    dict(type="IoUCost", iou_mode="giou", weight=2.0),
+                ],
+            )
+        ),
+        test_cfg=dict(max_per_img=p["N"]),
+    )
+
+
+class Model(nn.Module):
+    """Neck, query generator and decoder under the detector's names: what the golden files hold."""
+
+    def __init__(self, golden: dict) -> None:
+        super().__init__()
+        p = golden["params"]
+        queries = dict(type="InitialQueryGenerator", num_queries=p["N"], content_dim=p["C"])
+        self.query_generator = MODELS.build(queries)
+        self.decoder = MODELS.build(decoder_config(golden))
+
+
+def load(name: str) -> tuple[dict, Model]:
+    golden = torch.load(DATA / f"{name}_decoder.pt")
+    model = Model(golden).double()
+    weights = convert(golden["state_dict"], golden["params"]["groups"])
+    model.load_state_dict(weights, strict=True)
+    return golden, model
+
+
+def samples(golden: dict) -> list[DetDataSample]:
+    out = []
+    for size, boxes, labels in zip(
+        golden["image_sizes"], golden["gt_bboxes"], golden["gt_labels"], strict=True
+    ):
+        sample = DetDataSample(metainfo=dict(img_shape=tuple(size), scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        out.append(sample)
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_queries(name):
+    golden, model = load(name)
+    xyzr, content = model.query_generator(golden["image_sizes"])
+    assert relative_error(xyzr, golden["query_xyzr"]) < OPERATOR
+    assert relative_error(content, golden["query_content"]) < OPERATOR
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_position_encoding(name):
+    golden, _ = load(name)
+    encoding = position_encoding(golden["query_xyzr"], golden["params"]["C"])
+    assert relative_error(encoding, golden["op_pe"]) < OPERATOR
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sampling(name):
+    golden, model = load(name)
+    expected, sampling = golden["op_sampling"], model.decoder.stages[0].sampling
+    content, xyzr = golden["query_content"], golden["query_xyzr"]
+    assert relative_error(sampling.offset(content), expected["offset"]) < OPERATOR
+    points = sampling.points(content, xyzr)
+    assert relative_error(points.flatten(2, 3)[:, :, None], expected["sample_points"]) < OPERATOR
+    sampled = sample_3d(golden["feats"], points, golden["featmap_strides"])
+    assert relative_error(sampled, expected["sampled"]) < OPERATOR
+
+
+def test_mixing_adamixer():
+    golden, model = load("adamixer")
+    mixing = model.decoder.stages[0].mixing
+    mixing.norm = nn.Identity()
+    out = mixing(golden["op_sampling"]["sampled"], golden["query_content"])
+    assert relative_error(out, golden["op_mixing"]["out"]) < OPERATOR
+
+
+def test_mixing_lors_of_every_stage():
+    golden, model = load("lors")
+    decoder = model.decoder
+    for i, (stage, expected) in enumerate(zip(decoder.stages, golden["op_mixing"]["out"], strict=True)):
+        out = stage.mixing(
+            golden["op_sampling"]["sampled"],
+            golden["query_content"],
+            lambda q, i=i: decoder.lorsa(q, i),
+            lambda x, i=i: decoder.lorst(x, i),
+        )
+        assert relative_error(out, expected) < OPERATOR
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages(name):
+    golden, model = load(name)
+    outputs = model.decoder(golden["feats"], *model.query_generator(golden["image_sizes"]))
+    for ours, theirs in zip(outputs, golden["stages"], strict=True):
+        assert relative_error(ours.cls_score, theirs["cls_score"]) < STAGE
+        assert relative_error(ours.xyzr, theirs["query_xyzr"]) < STAGE
+        assert relative_error(ours.bboxes, theirs["bboxes"]) < STAGE
+        assert relative_error(ours.content, theirs["query_content"]) < STAGE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detections(name):
+    golden, model = load(name)
+    queries = model.query_generator(golden["image_sizes"])
+    results = model.decoder.predict(golden["feats"], *queries, samples(golden))
+    for ours, theirs in zip(results, golden["detections"], strict=True):
+        assert len(ours) == sum(len(rows) for rows in theirs)
+        for label, rows in enumerate(theirs):
+            of_class = ours[ours.labels == label]
+            found = torch.cat([of_class.bboxes, of_class.scores[:, None]], dim=1)
+            rows = rows[rows[:, 4].argsort(descending=True)].reshape(-1, 5)
+            assert found.shape == rows.shape
+            if len(rows):
+                assert relative_error(found, rows) < STAGE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_gradients(name):
+    golden, model = load(name)
+    feats = [f.clone().requires_grad_() for f in golden["feats"]]
+    queries = model.query_generator(golden["image_sizes"])
+    losses = model.decoder.loss(feats, *queries, samples(golden))
+    assert losses.keys() == golden["losses"].keys()
+    for key, expected in golden["losses"].items():
+        assert losses[key].item() == pytest.approx(expected, rel=STAGE), key
+
+    sum(v for k, v in losses.items() if "loss" in k).backward()
+    recorded = {k: v for k, v in golden["grads"].items() if k not in DROPPED}
+    expected = convert(recorded, golden["params"]["groups"])
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{key} has no gradient"
+        # Stage 0's boxes are all alike, so its tau has no gradient but rounding, 1e-18.
+        difference = (parameter.grad - expected[key]).norm()
+        assert difference < STAGE * expected[key].norm() + 1e-15, key
+    for feat, norm in zip(feats, golden["feat_grad_norm"], strict=True):
+        assert feat.grad.norm().item() == pytest.approx(norm, rel=STAGE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_weights_match_the_reference_after_the_whole_detectors_init(name):
+    """Mean and standard deviation of every tensor, within what two samples of its size may differ by."""
+    golden = torch.load(DATA / f"{name}_decoder.pt")
+    p, decoder = golden["params"], decoder_config(golden)
+    model = MODELS.build(
+        dict(
+            type="QueryBased",
+            backbone=dict(type="ResNet", depth=18, out_indices=(0, 1, 2, 3)),
+            neck=dict(type="ChannelMapping", in_channels=[64, 128, 256, 512], out_channels=p["C"]),
+            query_generator=dict(type="InitialQueryGenerator", num_queries=p["N"], content_dim=p["C"]),
+            train_cfg=decoder.pop("train_cfg"),
+            test_cfg=decoder.pop("test_cfg"),
+            decoder=decoder,
+        )
+    )
+    model.init_weights()
+    ours = {k: v.detach().double() for k, v in model.named_parameters() if not k.startswith("backbone.")}
+    for key, (mean, std) in golden["init_stats"].items():
+        if key in DROPPED:
+            continue
+        weight = ours.pop(rename(key, dict(cls=1, reg=1)))
+        if std == 0:
+            assert torch.allclose(weight, torch.full_like(weight, mean), atol=1e-6), key
+            continue
+        assert std > 0 and weight.std() > 0, key
+        margin = 6 * std * math.sqrt(2 / weight.numel())
+        assert abs(weight.mean().item() - mean) < margin, key
+        assert abs(weight.std().item() - std) < margin, key
+    assert not ours, f"initialised, but not in the reference: {list(ours)}"
+
+
+def test_offsets_of_a_square_number_of_points_start_as_a_regular_grid():
+    sampling = AdaptiveSampling(16, num_groups=2, num_points=4)
+    sampling.init_weights()
+    bias = sampling.offset.bias.view(2, 4, 3)
+    grid = torch.tensor([[-0.25, -0.25, -1.0], [0.25, -0.25, -1.0], [-0.25, 0.25, -1.0], [0.25, 0.25, -1.0]])
+    assert torch.equal(bias[0], grid) and torch.equal(bias[1], grid)
+    assert not sampling.offset.weight.any()
