@@ -1,19 +1,29 @@
-"""What every test needs: mmdet's registries, small threads, the golden files."""
+"""What tests share: mmdet's registries, a fixed seed, configs small enough for a CPU, a tiny data set."""
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.structures import InstanceData
 
 import mmdet_lors  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
+PLAIN_DIGITS = "configs/adamixer/adamixer_r18_digits.py"
+LORS_DIGITS = "configs/lors/adamixer-lors_r18_digits.py"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _registries():
     register_all_modules(init_default_scope=True)
+    MMLogger.get_current_instance().setLevel("WARNING")
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +35,43 @@ def _seed():
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+def load_config(name: str) -> Config:
+    """A config of this project, without anything to download."""
+    cfg = Config.fromfile(ROOT / name)
+    cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    path = ROOT / "tools" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def data_samples(num_boxes: list[int], size: tuple[int, int], num_classes: int) -> list[DetDataSample]:
+    """One sample per image with that many random boxes, at least 8 pixels wide."""
+    samples = []
+    for n in num_boxes:
+        h, w = size
+        corner = torch.rand(n, 2) * torch.tensor([w / 2, h / 2])
+        boxes = torch.cat([corner, corner + 8 + torch.rand(n, 2) * torch.tensor([w / 3, h / 3])], dim=1)
+        sample = DetDataSample(
+            metainfo=dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), batch_input_shape=size)
+        )
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.randint(num_classes, (n,)))
+        samples.append(sample)
+    return samples
+
+
+@pytest.fixture(scope="session")
+def tiny_digits(tmp_path_factory) -> Path:
+    """A digits data set of 32 + 8 images."""
+    out = tmp_path_factory.mktemp("data") / "digits"
+    load_tool("dataset_converters/digits_to_coco.py").build(out, train_images=32, val_images=8)
+    return out

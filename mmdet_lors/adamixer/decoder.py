@@ -40,17 +40,21 @@ class StageOutput(NamedTuple):
 
 
 def check_lors(lors: dict | None) -> dict[str, dict]:
-    """The halves of a ``lors`` field that are switched on, as plain dicts.
+    """The halves of a ``lors`` field that are switched on.
 
     Raises:
-        UserError: an unknown half or field, or an empty ``lors``.
+        UserError: an unknown half or field, a half that is no dict, or no half at all.
     """
     if lors is None:
         return {}
-    halves = {name: dict(half) for name, half in lors.items() if half is not None}
+    halves = {name: half for name, half in lors.items() if half is not None}
+    if not halves:
+        raise UserError("lors is empty: name 'adaptive', 'static' or both, or set lors=None")
     for name, half in halves.items():
         if name not in LORS_FIELDS:
             raise UserError(f"lors.{name} is unknown; known: {', '.join(LORS_FIELDS)}")
+        if not isinstance(half, dict):
+            raise UserError(f"lors.{name} must be a dict, got {half!r}")
         for field in half:
             if field not in LORS_FIELDS[name]:
                 raise UserError(f"lors.{name}.{field} is unknown; known: {', '.join(LORS_FIELDS[name])}")
@@ -169,23 +173,23 @@ class AdaMixerDecoder(BaseModule):
         return losses
 
     def assign(self, output: StageOutput, batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
-        """Match queries to objects, one to one, on detached predictions.
+        """Match queries to objects, one to one, on detached predictions and in the boxes' data type.
 
         Returns:
             For all B * N queries: the label (num_classes for background) and the target box, zero for background.
         """
-        cls_score, bboxes = output.cls_score.detach(), output.bboxes.detach()
+        bboxes = output.bboxes.detach()
+        cls_score = output.cls_score.detach().to(bboxes.dtype)
         labels = bboxes.new_full(bboxes.shape[:2], self.num_classes, dtype=torch.long)
         targets = torch.zeros_like(bboxes)
         for b, sample in enumerate(batch_data_samples):
-            gt = sample.gt_instances
-            result = self.assigner.assign(
-                InstanceData(scores=cls_score[b], bboxes=bboxes[b]), gt, img_meta=sample.metainfo
-            )
+            objects = sample.gt_instances
+            gt = InstanceData(labels=objects.labels, bboxes=objects.bboxes.to(bboxes.dtype))
+            predicted = InstanceData(scores=cls_score[b], bboxes=bboxes[b])
+            result = self.assigner.assign(predicted, gt, img_meta=sample.metainfo)
             matched = result.gt_inds > 0
             index = result.gt_inds[matched] - 1
-            labels[b, matched] = gt.labels[index]
-            targets[b, matched] = gt.bboxes[index].to(targets.dtype)
+            labels[b, matched], targets[b, matched] = gt.labels[index], gt.bboxes[index]
         return labels.flatten(), targets.flatten(0, 1)
 
     def stage_loss(self, output: StageOutput, batch_data_samples: SampleList) -> dict[str, Tensor]:
@@ -225,9 +229,7 @@ class AdaMixerDecoder(BaseModule):
         """
         output = self(feats, xyzr, content)[-1]
         results = []
-        for cls_score, bboxes, sample in zip(
-            output.cls_score, output.bboxes, batch_data_samples, strict=True
-        ):
+        for cls_score, bboxes, sample in zip(output.cls_score, output.bboxes, batch_data_samples, strict=True):
             scores = cls_score.sigmoid().flatten()
             scores, index = scores.topk(min(self.max_per_img, len(scores)))
             bboxes = bboxes[index // self.num_classes]

@@ -75,17 +75,13 @@ class QueryBased(BaseDetector):
         """Losses of every decoder stage."""
         return self.decoder.loss(*self._start(batch_inputs, batch_data_samples), batch_data_samples)
 
-    def predict(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
-    ) -> SampleList:
+    def predict(self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True) -> SampleList:
         """The data samples with ``pred_instances`` filled in."""
         results = self.decoder.predict(
             *self._start(batch_inputs, batch_data_samples), batch_data_samples, rescale=rescale
         )
         return self.add_pred_to_datasample(batch_data_samples, results)
 
-    def _forward(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList | None = None
-    ) -> list[StageOutput]:
+    def _forward(self, batch_inputs: Tensor, batch_data_samples: SampleList | None = None) -> list[StageOutput]:
         """Raw outputs of every stage; each image counts as full when no data samples are given."""
         return self.decoder(*self._start(batch_inputs, batch_data_samples))

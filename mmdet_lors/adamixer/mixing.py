@@ -52,9 +52,7 @@ class AdaptiveMixing(nn.Module):
         self.copies = num_groups
         self.shapes = [(channels, channels), (out_points, in_points)]
         self.out_features = num_groups * out_points * channels
-        self.parameter_generator = (
-            AdaptiveWeights(content_dim, self.shapes, num_groups) if own_generator else None
-        )
+        self.parameter_generator = AdaptiveWeights(content_dim, self.shapes, num_groups) if own_generator else None
         self.out_proj = nn.Linear(self.out_features, content_dim) if own_out_proj else None
         self.norm = nn.LayerNorm(content_dim)
 

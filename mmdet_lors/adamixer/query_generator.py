@@ -20,9 +20,7 @@ class InitialQueryGenerator(BaseModule):
         content_dim: d.
     """
 
-    def __init__(
-        self, num_queries: int = 100, content_dim: int = 256, init_cfg: dict | None = None
-    ) -> None:
+    def __init__(self, num_queries: int = 100, content_dim: int = 256, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         self.num_queries, self.content_dim = num_queries, content_dim
         self.content = nn.Embedding(num_queries, content_dim)

@@ -19,7 +19,10 @@ _RENAMES = [
     (_STAGE + r"attention\.attn\.", r"decoder.stages.\1.attention."),
     (_STAGE + r"((?:attention_norm|ffn|ffn_norm)\.)", r"decoder.stages.\1.\2"),
     (_STAGE + r"(cls|reg)_fcs\.", r"decoder.stages.\1.\2_branch."),
-    (_STAGE + r"sampling(?:_n_mixing)?\.sampling_offset_generator\.0\.", r"decoder.stages.\1.sampling.offset."),
+    (
+        _STAGE + r"sampling(?:_n_mixing)?\.sampling_offset_generator\.0\.",
+        r"decoder.stages.\1.sampling.offset.",
+    ),
     (_STAGE + r"sampling_n_mixing\.norm\.", r"decoder.stages.\1.mixing.norm."),
     (
         _STAGE + r"sampling_n_mixing\.adaptive_mixing\.parameter_generator\.0\.",
@@ -77,8 +80,10 @@ def convert(state_dict: Mapping[str, Tensor], num_groups: int) -> dict[str, Tens
         ours = rename(key, hidden)
         if ours is None:
             raise KeyError(f"{key} is no weight of the reference AdaMixer or LORS")
-        if re.search(r"lorsa\.private\.\d+\.[AB]\.", ours):
-            value = value.unflatten(0, (num_groups, -1))
+        if re.search(r"lorsa\.private\.\d+\.A\.", ours):
+            value = value.unflatten(0, (num_groups, -1)).flatten(1, 2)
+        elif re.search(r"lorsa\.private\.\d+\.B\.", ours):
+            value = value.unflatten(0, (num_groups, -1)).transpose(1, 2).flatten(2)
         elif re.search(r"lorsa\.private\.\d+\.E\.", ours):
             r_squared = _core_size(state_dict, key)
             value = value.unflatten(0, (2, -1, r_squared)).transpose(0, 1).flatten(0, 2)

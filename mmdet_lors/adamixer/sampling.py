@@ -87,8 +87,6 @@ class AdaptiveSampling(nn.Module):
         xy = xyzr[..., :2] + offset[..., :2] * xyzr_to_size(xyzr)
         return torch.cat([xy, xyzr[..., 2:3] + offset[..., 2:]], dim=-1)
 
-    def forward(
-        self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor, strides: Sequence[int]
-    ) -> Tensor:
+    def forward(self, feats: Sequence[Tensor], content: Tensor, xyzr: Tensor, strides: Sequence[int]) -> Tensor:
         """Sampled features (B, N, G, P, C); see :func:`sample_3d`."""
         return sample_3d(feats, self.points(content, xyzr), strides)

@@ -37,9 +37,7 @@ class QuerySelfAttention(nn.MultiheadAttention):
         """Content (B, N, d) and positions (B, N, 4), detached -> (B, N, d)."""
         x = content + position_encoding(xyzr, self.embed_dim).to(content.dtype)
         bias = self.tau[:, None, None] * log_iof(xyzr)[:, None]
-        attended, _ = super().forward(
-            x, x, x, attn_mask=bias.flatten(0, 1).to(x.dtype), need_weights=False
-        )
+        attended, _ = super().forward(x, x, x, attn_mask=bias.flatten(0, 1).to(x.dtype), need_weights=False)
         return x + attended
 
 
@@ -81,15 +79,11 @@ class AdaMixerDecoderStage(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         if feat_channels % num_groups:
-            raise UserError(
-                f"stage.feat_channels {feat_channels} is not divisible by num_groups {num_groups}"
-            )
+            raise UserError(f"stage.feat_channels {feat_channels} is not divisible by num_groups {num_groups}")
         if content_dim % num_heads:
             raise UserError(f"stage.content_dim {content_dim} is not divisible by num_heads {num_heads}")
         if content_dim % 8:
-            raise UserError(
-                f"stage.content_dim {content_dim} is not divisible by 8, which the position encoding needs"
-            )
+            raise UserError(f"stage.content_dim {content_dim} is not divisible by 8, which the position encoding needs")
         self.feat_channels = feat_channels
         self.attention = QuerySelfAttention(content_dim, num_heads)
         self.attention_norm = nn.LayerNorm(content_dim)

@@ -39,7 +39,6 @@ class AdaptiveWeights(nn.Linear):
         parts = sets.split([rows * cols for rows, cols in self.shapes], dim=-1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
-
     def forward(self, query: Tensor) -> list[Tensor]:
         """(..., query_dim) -> one (..., copies, rows, cols) per shape."""
         return self.split(super().forward(query))
@@ -51,7 +50,8 @@ class AdaptiveWeights(nn.Linear):
 class PrivateLORSA(nn.Module):
     r"""One layer's private part, :math:`\Delta W(q) = \sum_{k=1}^{K} B^k E^k(q) A^k`, for every copy and shape.
 
-    Only the small core E(q), r x r, is generated; B (rows x r) and A (r x cols) are ordinary parameters.
+    Only the small core E(q), r x r, is generated; B (rows x r) and A (r x cols) are ordinary parameters, with
+    the K of them side by side: B is (copies, rows, K * r), A is (copies, K * r, cols).
 
     Args:
         query_dim: m.
@@ -61,10 +61,10 @@ class PrivateLORSA(nn.Module):
 
     def __init__(self, query_dim: int, shapes: Sequence[Shape], copies: int, rank: int, groups: int) -> None:
         super().__init__()
-        self.groups, self.copies = groups, copies
+        self.rank, self.groups, self.copies = rank, groups, copies
         self.E = AdaptiveWeights(query_dim, [(rank, rank)] * len(shapes), copies * groups)
-        self.B = nn.ParameterList(Tensor(copies, groups, rows, rank) for rows, _ in shapes)
-        self.A = nn.ParameterList(Tensor(copies, groups, rank, cols) for _, cols in shapes)
+        self.B = nn.ParameterList(Tensor(copies, rows, groups * rank) for rows, _ in shapes)
+        self.A = nn.ParameterList(Tensor(copies, groups * rank, cols) for _, cols in shapes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -74,16 +74,20 @@ class PrivateLORSA(nn.Module):
         """
         nn.init.zeros_(self.E.weight)
         nn.init.zeros_(self.E.bias)
-        for factor in (*self.B, *self.A):
-            bound = math.sqrt(6 / (factor.shape[-2] * factor.shape[-1]))
-            nn.init.uniform_(factor, -bound, bound)
+        for B, A in zip(self.B, self.A, strict=True):
+            bound_B, bound_A = (math.sqrt(6 / (size * self.rank)) for size in (B.shape[1], A.shape[2]))
+            nn.init.uniform_(B, -bound_B, bound_B)
+            nn.init.uniform_(A, -bound_A, bound_A)
 
     def compose(self, cores: Sequence[Tensor]) -> list[Tensor]:
         """Cores E, one (n, copies * K, r, r) per shape -> sum_k B E A, one (n, copies, rows, cols) per shape."""
-        return [
-            torch.einsum("gkir,ngkrs,gksj->ngij", B, E.unflatten(1, (self.copies, self.groups)), A)
-            for B, E, A in zip(self.B, cores, self.A, strict=True)
-        ]
+        weights = []
+        for B, E, A in zip(self.B, cores, self.A, strict=True):
+            B = B.unflatten(-1, (self.groups, self.rank))
+            E = E.unflatten(1, (self.copies, self.groups))
+            BE = torch.einsum("gikr,ngkrs->ngiks", B, E).flatten(-2)
+            weights.append(torch.einsum("ngip,gpj->ngij", BE, A))
+        return weights
 
     def forward(self, query: Tensor) -> list[Tensor]:
         """(n, query_dim) -> one (n, copies, rows, cols) per shape."""

@@ -41,7 +41,5 @@ def allocation(rank: PerLayer, groups: PerLayer, num_layers: int, shared: bool) 
     ranks = per_layer("rank", rank, num_layers, minimum=1)
     counts = per_layer("groups", groups, num_layers, minimum=0)
     if not shared and 0 in counts:
-        raise ValueError(
-            f"groups is 0 for stage {counts.index(0)} while shared is off: it would have no weight at all"
-        )
+        raise ValueError(f"groups is 0 for stage {counts.index(0)} while shared is off: it would have no weight at all")
     return list(zip(ranks, counts, strict=True))

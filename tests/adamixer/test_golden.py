@@ -85,9 +85,7 @@ def load(name: str) -> tuple[dict, Model]:
 
 def samples(golden: dict) -> list[DetDataSample]:
     out = []
-    for size, boxes, labels in zip(
-        golden["image_sizes"], golden["gt_bboxes"], golden["gt_labels"], strict=True
-    ):
+    for size, boxes, labels in zip(golden["image_sizes"], golden["gt_bboxes"], golden["gt_labels"], strict=True):
         sample = DetDataSample(metainfo=dict(img_shape=tuple(size), scale_factor=(1.0, 1.0)))
         sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
         out.append(sample)

@@ -1,0 +1,132 @@
+"""LORSA against its equations, written out."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmdet_lors.lors import LORSA, AdaptiveWeights, adaptive, static
+
+SHAPES = [(4, 4), (6, 5)]
+
+
+def lorsa(**settings) -> LORSA:
+    defaults = dict(query_dim=8, shapes=SHAPES, copies=2, num_layers=3, rank=[2, 3, 2], groups=[1, 2, 3])
+    module = LORSA(**defaults | settings).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def written_out(module: LORSA, q: torch.Tensor, layer: int) -> list[torch.Tensor]:
+    """One query, one copy, one group at a time."""
+    private, out = module.private[layer], []
+    flat = module.shared.weight @ q + module.shared.bias if module.shared is not None else None
+    cores = private.E.weight @ q + private.E.bias
+    r, K = private.rank, private.groups
+    size = sum(rows * cols for rows, cols in SHAPES)
+    for s, (rows, cols) in enumerate(SHAPES):
+        begin = sum(i * j for i, j in SHAPES[:s])
+        copies = []
+        for g in range(2):
+            weight = torch.zeros(rows, cols, dtype=q.dtype)
+            if flat is not None:
+                weight += flat[g * size + begin :][: rows * cols].view(rows, cols)
+            for k in range(K):
+                E = cores[(g * K + k) * 2 * r * r + s * r * r :][: r * r].view(r, r)
+                B = private.B[s][g, :, k * r : (k + 1) * r]
+                A = private.A[s][g, k * r : (k + 1) * r]
+                weight += B @ E @ A
+            copies.append(weight)
+        out.append(torch.stack(copies))
+    return out
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_weights_are_shared_plus_the_sum_of_b_e_a(shared, layer):
+    module, q = lorsa(shared=shared), torch.randn(3, 5, 8, dtype=torch.float64)
+    ours = module(q, layer)
+    assert [tuple(w.shape) for w in ours] == [(3, 5, 2, 4, 4), (3, 5, 2, 6, 5)]
+    for weight, expected in zip(ours, written_out(module, q[1, 2], layer), strict=True):
+        assert torch.allclose(weight[1, 2], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_folded_linear_generates_the_same_weights(shared, layer):
+    module, q = lorsa(shared=shared), torch.randn(7, 8, dtype=torch.float64)
+    plain = AdaptiveWeights(8, SHAPES, 2).double()
+    with torch.no_grad():
+        weight, bias = module.fold(layer)
+        plain.weight.copy_(weight)
+        plain.bias.copy_(bias)
+    for ours, folded in zip(module(q, layer), plain(q), strict=True):
+        assert torch.allclose(ours, folded, atol=1e-12)
+
+
+def test_a_layer_without_groups_is_the_shared_generator():
+    module, q = lorsa(groups=[0, 2, 1]), torch.randn(7, 8, dtype=torch.float64)
+    for ours, shared in zip(module(q, 0), module.shared(q), strict=True):
+        assert torch.equal(ours, shared)
+    assert module.fold(0)[0] is module.shared.weight
+
+
+def test_starts_as_the_shared_generator_alone():
+    module, q = LORSA(8, SHAPES, 2, num_layers=2, rank=2), torch.randn(7, 8)
+    assert not module.shared.weight.any() and module.shared.bias.std() > 0.1
+    for layer in range(2):
+        for ours, shared in zip(module(q, layer), module.shared(q), strict=True):
+            assert torch.equal(ours, shared)
+
+
+def test_kaiming_init_is_an_option():
+    module = LORSA(8, SHAPES, 2, num_layers=2, shared_init="kaiming")
+    bound = (6 / 8) ** 0.5
+    assert 0.8 * bound < module.shared.weight.abs().max() <= bound
+
+
+def test_private_only_starts_non_zero_and_learns():
+    """With zero cores the ReLU behind the mixing would pass no gradient, for ever."""
+    module, q = LORSA(8, SHAPES, 2, num_layers=1, rank=2, shared=False), torch.randn(7, 8)
+    M, _ = module(q, 0)
+    x = torch.relu(nn.functional.layer_norm(torch.randn(7, 2, 5, 4) @ M, (5, 4)))
+    x.sum().backward()
+    assert module.private[0].E.weight.grad[:4].abs().sum() > 0
+
+
+def test_parameter_count_is_the_papers():
+    """Table 1, W_S (128 x 64) from a query of 256, K averaging 2: 0.36 / 0.39 / 0.49 / 0.89 M of 2.10 M."""
+    for rank, expected in {4: 0.36, 8: 0.39, 16: 0.49, 32: 0.89}.items():
+        module = LORSA(256, [(128, 64)], 1, num_layers=6, rank=rank, groups=2)
+        weights = [p for n, p in module.named_parameters() if not n.endswith("bias")]
+        assert sum(p.numel() for p in weights) / 6 / 1e6 == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(groups=[1, 1]), "groups has 2 entries for 3 stages"),
+        (dict(rank=0), "rank must be 1 or more, got 0"),
+        (dict(rank=-1), "rank must be 1 or more, got -1"),
+        (dict(shared_init="ones"), "shared_init must be one of zeros, kaiming, got 'ones'"),
+        (dict(groups=[1, 1, 0], shared=False), "groups is 0 for stage 2 while shared is off"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lorsa(**settings)
+
+
+@pytest.mark.parametrize("module", [static, adaptive])
+def test_files_import_nothing_but_torch(module):
+    """Beside the standard library and this folder."""
+    found = set()
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.split(".")[0])
+    assert found <= {"torch", "math", "collections"}
