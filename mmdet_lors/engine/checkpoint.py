@@ -1,0 +1,80 @@
+"""Reading checkpoints safely, and saying what is wrong with one that does not fit."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor, nn
+
+from mmdet_lors.errors import UserError
+
+
+def allow_mmengine_objects() -> None:
+    """Let torch's safe loader accept what mmengine itself writes into a checkpoint, and nothing more.
+
+    That is the log history (``HistoryBuffer``) and the numpy scalars and arrays in it. Without this, torch >= 2.6
+    refuses to resume from or test mmengine's own checkpoints.
+    """
+    if not hasattr(torch.serialization, "add_safe_globals"):
+        return
+    reconstruct_array, reconstruct_scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype, reconstruct_array, reconstruct_scalar, getattr, *dtypes]
+    )
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Load a checkpoint on the CPU with torch's safe loader.
+
+    Raises:
+        UserError: no such file, one that is cut short or no checkpoint, or one that holds objects which the safe
+            loader refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"checkpoint {path} is no checkpoint or holds objects that are not safe to load: {reason}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is cut short or no checkpoint"
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
+    return dict(checkpoint)
+
+
+def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path) -> None:
+    """Refuse a checkpoint whose weights are not exactly the model's.
+
+    Raises:
+        UserError: how many keys are missing, unexpected or of another shape, and the first ones.
+    """
+    theirs: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
+    theirs = {k.removeprefix("module."): v for k, v in theirs.items()}
+    ours = model.state_dict()
+    problems = {
+        "missing": [k for k in ours if k not in theirs],
+        "unexpected": [k for k in theirs if k not in ours],
+        "of another shape": [
+            f"{k} {tuple(theirs[k].shape)} instead of {tuple(v.shape)}"
+            for k, v in ours.items()
+            if k in theirs and theirs[k].shape != v.shape
+        ],
+    }
+    found = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise UserError(f"checkpoint {path} is of another architecture: keys {'; '.join(found)}")

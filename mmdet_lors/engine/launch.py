@@ -1,0 +1,84 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share: options, config, launcher, one-line errors."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from mmdet.utils import register_all_modules, setup_cache_size_limit_of_dynamo
+from mmengine.config import Config, DictAction
+from mmengine.dist import is_distributed
+
+from mmdet_lors.errors import UserError
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that training and testing have in common."""
+    parser.add_argument("config", help="config file")
+    parser.add_argument(
+        "--work-dir", metavar="DIR", help="where logs and results go (default: work_dirs/<config name>)"
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="settings that override the config, e.g. model.decoder.lors.static.rank=4",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="how the processes were started; the launch scripts set it (default: %(default)s)",
+    )
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with the command line's settings in it, ready for this machine.
+
+    Raises:
+        UserError: a config file that is missing or broken.
+    """
+    if not Path(args.config).is_file():
+        raise UserError(f"config {args.config} does not exist")
+    try:
+        cfg = Config.fromfile(args.config)
+    except (SyntaxError, FileNotFoundError, KeyError, TypeError) as error:
+        raise UserError(f"config {args.config} cannot be read: {error}") from error
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+    register_all_modules(init_default_scope=False)
+    setup_cache_size_limit_of_dynamo()
+    if not torch.cuda.is_available():
+        _prepare_cpu(cfg)
+    return cfg
+
+
+def _prepare_cpu(cfg: Config) -> None:
+    """Distributed training without a GPU: gloo, and a DistributedDataParallel without device ids."""
+    if cfg.launcher == "none":
+        return
+    cfg.env_cfg.setdefault("dist_cfg", {})["backend"] = "gloo"
+    cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", broadcast_buffers=False))
+    cfg.model_wrapper_cfg["device_ids"] = None
+    if cfg.launcher == "pytorch" and not is_distributed():
+        # mmengine would call torch.cuda.set_device first; it leaves an existing process group alone.
+        torch.distributed.init_process_group(backend="gloo")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that checks, and speaks for, all of them."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a tool's main(); an error that is the user's to mend becomes one line and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,53 @@
+"""Print what a finished run achieved: AP, training time, decoder parameters beside plain AdaMixer's, pictures."""
+
+import argparse
+import json
+from pathlib import Path
+
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+
+from mmdet_lors.engine.launch import run
+from mmdet_lors.errors import UserError
+
+
+def decoder_parameters(cfg: Config, lors: dict | None) -> int:
+    """Parameters of the config's decoder with this ``lors`` field."""
+    decoder = dict(cfg.model.decoder, lors=lors)
+    return sum(p.numel() for p in MODELS.build(decoder).parameters())
+
+
+def main() -> None:
+    """Read what the run left behind and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file of the run")
+    parser.add_argument("work_dir", type=Path, help="folder with metrics.json from tools/test.py --metrics")
+    parser.add_argument("--training-seconds", type=float, help="how long training took")
+    args = parser.parse_args()
+
+    cfg = Config.fromfile(args.config)
+    register_all_modules()
+    metrics_file = args.work_dir / "metrics.json"
+    if not metrics_file.is_file():
+        raise UserError(f"{metrics_file} does not exist: write it with tools/test.py --metrics {metrics_file}")
+    metrics = json.loads(metrics_file.read_text())
+    pictures = sorted(args.work_dir.glob("**/pictures/*.png"))
+
+    table = Table(title=Path(args.config).stem, show_header=False, title_justify="left")
+    table.add_row("AP (COCO, 0.50:0.95)", f"{metrics['coco/bbox_mAP']:.3f}")
+    table.add_row("AP50", f"{metrics['coco/bbox_mAP_50']:.3f}")
+    if args.training_seconds is not None:
+        minutes, seconds = divmod(round(args.training_seconds), 60)
+        table.add_row("training time", f"{minutes} min {seconds:02d} s")
+    plain, lors = decoder_parameters(cfg, None), decoder_parameters(cfg, cfg.model.decoder.get("lors"))
+    table.add_row("decoder parameters", f"{lors:,} ({lors / plain:.0%} of plain AdaMixer's)")
+    table.add_row("plain AdaMixer, same shape", f"{plain:,}")
+    table.add_row("pictures", f"{len(pictures)} in {pictures[0].parent}" if pictures else "none")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,99 @@
+"""Evaluate a detector: the entry point behind dist_test.sh and slurm_test.sh."""
+
+import argparse
+import json
+from pathlib import Path
+
+from mmdet.evaluation import DumpDetResults
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.errors import UserError
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Evaluate a detector.")
+    add_common_options(parser)
+    parser.add_argument("checkpoint", help="checkpoint file")
+    parser.add_argument("--out", metavar="FILE.pkl", help="also write the raw predictions to this file")
+    parser.add_argument("--metrics", metavar="FILE.json", help="also write the metrics to this file")
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument(
+        "--show-dir",
+        metavar="DIR",
+        help="save pictures of the predictions in this folder of the run's folder",
+    )
+    parser.add_argument(
+        "--show-interval",
+        type=int,
+        default=50,
+        metavar="N",
+        help="draw every N-th image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--wait-time", type=float, default=2, metavar="S", help="seconds per window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tta", action="store_true", help="test-time augmentation: each image also flipped, merged by NMS"
+    )
+    return parser.parse_args()
+
+
+def draw(cfg, args: argparse.Namespace) -> None:
+    """Switch mmdet's visualization hook on."""
+    hook = cfg.default_hooks.setdefault("visualization", dict(type="DetVisualizationHook"))
+    hook.update(draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
+    if args.show_dir:
+        hook.test_out_dir = args.show_dir
+
+
+def augment(cfg) -> None:
+    """Replace the test pipeline by the config's TTA settings, or by plain and flipped images."""
+    if "tta_pipeline" not in cfg:
+        steps = list(cfg.test_dataloader.dataset.pipeline)
+        load, resize = steps[:1], [s for s in steps[1:] if s["type"] == "Resize"]
+        annotate = [s for s in steps if s["type"] == "LoadAnnotations"]
+        pack = dict(steps[-1])
+        pack["meta_keys"] = (*pack["meta_keys"], "flip", "flip_direction")
+        flips = [dict(type="RandomFlip", prob=p) for p in (1.0, 0.0)]
+        choices = [resize, flips, annotate, [pack]]
+        cfg.tta_pipeline = [*load, dict(type="TestTimeAug", transforms=[c for c in choices if c])]
+    if "tta_model" not in cfg:
+        cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100))
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
+def main() -> None:
+    """Check the inputs, then hand over to mmengine's runner."""
+    args = parse_args()
+    cfg = load_config(args)
+    if args.out and not args.out.endswith((".pkl", ".pickle")):
+        raise UserError(f"--out {args.out}: the name must end in .pkl or .pickle")
+    checkpoint = None
+    if is_first_process():
+        check_inputs(cfg, ("test",))
+        checkpoint = read_checkpoint(args.checkpoint)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        draw(cfg, args)
+    if args.tta:
+        augment(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    if checkpoint is not None:
+        model = getattr(runner.model, "module", runner.model)
+        check_fit(model.module if args.tta else model, checkpoint, args.checkpoint)
+    metrics = runner.test()
+    if args.metrics and is_first_process():
+        Path(args.metrics).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.metrics).write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

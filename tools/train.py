@@ -1,0 +1,67 @@
+"""Train a detector: the entry point behind dist_train.sh and slurm_train.sh."""
+
+import argparse
+
+import torch
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.errors import UserError
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train a detector.")
+    add_common_options(parser)
+    parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate from the config's base batch size to the actual one",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or from the newest one in the work folder when none is given",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check the inputs, then hand over to mmengine's runner."""
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise UserError("--amp needs a GPU")
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if args.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
+        cfg.auto_scale_lr.enable = True
+
+    start = None
+    if args.resume == "auto":
+        cfg.resume, cfg.load_from = True, None
+        start = find_latest_checkpoint(cfg.work_dir)
+    elif args.resume:
+        cfg.resume, cfg.load_from = True, args.resume
+        start = args.resume
+
+    checkpoint = None
+    if is_first_process():
+        check_inputs(cfg, ("train", "val"))
+        checkpoint = read_checkpoint(start) if start else None
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    if checkpoint is not None:
+        check_fit(getattr(runner.model, "module", runner.model), checkpoint, start)
+    runner.train()
+
+
+if __name__ == "__main__":
+    run(main)
