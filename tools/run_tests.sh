@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up the environment (tools/setup_env.sh has the settings), then runs the tests.
+#
+# Usage: bash tools/run_tests.sh [--no-venv] [pytest arguments; default: tests]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+setup=()
+case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
+if [[ ${1:-} == --no-venv ]]; then setup=(--no-venv) && shift; fi
+
+python=$(bash tools/setup_env.sh --print-python "${setup[@]}")
+exec "$python" -m pytest "${@:-tests}"
