@@ -227,8 +227,8 @@ def pip(what: str, options: str, *paths: Path | str, **settings: str) -> None:
         raise SetupError(explain(what, log.read_text(errors="replace"), log))
 
 
-def python_runs(code: str) -> str:
-    """Runs `code` in a fresh interpreter; the last line of its error, "" where it has none."""
+def import_error(code: str) -> str:
+    """The last line that `code` fails with in a fresh interpreter, "" where it runs."""
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CACHE)
     return (answer.stderr.strip().splitlines() or ["killed"])[-1] if answer.returncode else ""
 
@@ -347,7 +347,7 @@ def mmcv_stays(key: str, no_venv: bool) -> bool:
     if not no_venv or not mmcv_key().startswith("foreign"):
         return mmcv_key() == key
     bound = next(b for b in bounds() if b.startswith("mmcv"))
-    return satisfied(bound) and not python_runs("import mmcv.ops")
+    return satisfied(bound) and not import_error("import mmcv.ops")
 
 
 def install_mmcv(no_venv: bool) -> None:
@@ -365,30 +365,29 @@ def install_mmcv(no_venv: bool) -> None:
 
 
 def check_imports() -> None:
-    error = python_runs("import cv2")
+    error = import_error("import cv2")
     if "cannot open shared object file" in error:
         say(f"[4/4] opencv-python lacks a system library ({error.split(': ')[1]}): opencv-python-headless replaces it")
         headless = f"opencv-python-headless=={installed('opencv-python') or pin('opencv-python')}"
         pip("installing OpenCV", "install --force-reinstall --no-deps", headless)
-        error = python_runs("import cv2")
-    if error := error or python_runs("import mmcv.ops, mmdet"):
+        error = import_error("import cv2")
+    if error := error or import_error("import mmcv.ops, mmdet"):
         raise SetupError(f"everything is installed, but importing mmdet fails: {error}")
 
 
 def install(no_venv: bool) -> None:
     """Brings the environment that this runs in up to date."""
-    stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     if not torch_build()[0]:
         check_disk()
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir()
     try:
-        if python_runs("import pip._internal"):
+        if import_error("import pip._internal"):
             ensured = subprocess.run([sys.executable, "-m", "ensurepip", "--upgrade"], capture_output=True)
             if ensured.returncode:
                 raise SetupError(f"{sys.executable} has no pip, and -m ensurepip fails: install pip first")
         # With unchanged inputs, a torch that the user chose stays: it gets its mmcv, and not the pin back.
-        if stamp.get("inputs") != inputs():
+        if last_stamp().get("inputs") != inputs():
             STAMP.unlink(missing_ok=True)
             what = "what setup.py requires" if no_venv else f"torch {pin('torch')} and the other packages"
             with step(2, f"{what}: up to 3 GB to download, about 2 minutes on a fast network"):
@@ -403,9 +402,15 @@ def install(no_venv: bool) -> None:
         STAMP.write_text(json.dumps(state(), indent=1) + "\n")
 
 
+def last_stamp() -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        return json.loads(STAMP.read_text())
+    return {}
+
+
 def up_to_date(no_venv: bool) -> bool:
     now = state()
-    if not STAMP.exists() or json.loads(STAMP.read_text() or "{}") != now:
+    if last_stamp() != now:
         return False
     foreign = no_venv and now["mmcv"].startswith("foreign")
     return foreign or now["mmcv"] == wheel_key(now["torch"], now["archs"])
