@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate with one process per GPU, on one machine or several; without a GPU, GPUS counts processes on the CPU.
 #   bash tools/dist_test.sh CONFIG CHECKPOINT GPUS [arguments of tools/test.py]
-# dist_launch.sh names the environment variables: NNODES, NODE_RANK, MASTER_ADDR, PORT, PYTHON, OMP_NUM_THREADS.
+# dist_launch.sh lists the environment variables: NNODES, NODE_RANK, MASTER_ADDR, PORT and more.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 if [[ $# -lt 3 ]]; then

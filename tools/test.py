@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
-from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.engine.launch import add_common_options, bare_model, is_first_process, load_config, run
 from mmdet_lors.errors import UserError
 
 
@@ -43,15 +44,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw(cfg, args: argparse.Namespace) -> None:
-    """Switch mmdet's visualization hook on."""
-    hook = cfg.default_hooks.setdefault("visualization", dict(type="DetVisualizationHook"))
-    hook.update(draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
-    if args.show_dir:
-        hook.test_out_dir = args.show_dir
+def draw(cfg: Config, args: argparse.Namespace) -> None:
+    """Switch the drawing of predictions on."""
+    hook = dict(type="PicturesHook", draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
+    cfg.default_hooks.visualization = dict(hook, test_out_dir=args.show_dir)
 
 
-def augment(cfg) -> None:
+def augment(cfg: Config) -> None:
     """Replace the test pipeline by the config's TTA settings, or by plain and flipped images."""
     if "tta_pipeline" not in cfg:
         steps = list(cfg.test_dataloader.dataset.pipeline)
@@ -87,8 +86,7 @@ def main() -> None:
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     if checkpoint is not None:
-        model = getattr(runner.model, "module", runner.model)
-        check_fit(model.module if args.tta else model, checkpoint, args.checkpoint)
+        check_fit(bare_model(runner), checkpoint, args.checkpoint)
     metrics = runner.test()
     if args.metrics and is_first_process():
         Path(args.metrics).parent.mkdir(parents=True, exist_ok=True)

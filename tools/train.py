@@ -8,7 +8,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
-from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.engine.launch import add_common_options, bare_model, is_first_process, load_config, run
 from mmdet_lors.errors import UserError
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         checkpoint = read_checkpoint(start) if start else None
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if checkpoint is not None:
-        check_fit(getattr(runner.model, "module", runner.model), checkpoint, start)
+        check_fit(bare_model(runner), checkpoint, start)
     runner.train()
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule, bias_init_with_prob
@@ -31,7 +32,7 @@ class QuerySelfAttention(nn.MultiheadAttention):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__(dim, num_heads, batch_first=True)
-        self.tau = nn.Parameter(Tensor(num_heads).uniform_(0, 4))
+        self.tau = nn.Parameter(torch.empty(num_heads).uniform_(0, 4))
 
     def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
         """Content (B, N, d) and positions (B, N, 4), detached -> (B, N, d)."""

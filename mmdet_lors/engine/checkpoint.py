@@ -1,6 +1,7 @@
 """Reading checkpoints safely, and saying what is wrong with one that does not fit."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +28,12 @@ def allow_mmengine_objects() -> None:
     )
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """Load a checkpoint on the CPU with torch's safe loader.
+
+    Args:
+        path: the file.
+        mmap: map the file instead of reading it, so that what is not used (an optimizer's state) is never touched.
 
     Raises:
         UserError: no such file, one that is cut short or no checkpoint, or one that holds objects which the safe
@@ -38,7 +43,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(

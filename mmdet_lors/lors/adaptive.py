@@ -63,8 +63,8 @@ class PrivateLORSA(nn.Module):
         super().__init__()
         self.rank, self.groups, self.copies = rank, groups, copies
         self.E = AdaptiveWeights(query_dim, [(rank, rank)] * len(shapes), copies * groups)
-        self.B = nn.ParameterList(Tensor(copies, rows, groups * rank) for rows, _ in shapes)
-        self.A = nn.ParameterList(Tensor(copies, groups * rank, cols) for _, cols in shapes)
+        self.B = nn.ParameterList(torch.empty(copies, rows, groups * rank) for rows, _ in shapes)
+        self.A = nn.ParameterList(torch.empty(copies, groups * rank, cols) for _, cols in shapes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

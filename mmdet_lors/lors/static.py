@@ -1,5 +1,6 @@
 """LORST: the static low-rank residual structure, one ordinary weight for a whole stack of layers."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,8 +19,8 @@ class LowRankResidual(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        self.A = nn.Parameter(Tensor(rank, in_features))
-        self.B = nn.Parameter(Tensor(out_features, rank))
+        self.A = nn.Parameter(torch.empty(rank, in_features))
+        self.B = nn.Parameter(torch.empty(out_features, rank))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -69,12 +70,12 @@ class LORST(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.num_layers = in_features, out_features, num_layers
-        self.shared = nn.Parameter(Tensor(out_features, in_features)) if shared else None
+        self.shared = nn.Parameter(torch.empty(out_features, in_features)) if shared else None
         self.private = nn.ModuleList(
             LowRankResidual(in_features, out_features, r * k) if k else None
             for r, k in allocation(rank, groups, num_layers, shared)
         )
-        self.bias = nn.ParameterList(Tensor(out_features) for _ in range(num_layers)) if bias else None
+        self.bias = nn.ParameterList(torch.empty(out_features) for _ in range(num_layers)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -172,7 +172,7 @@ def test_channels_last_features_give_the_same():
         ({"decoder.lors": {}}, "lors is empty: name 'adaptive', 'static' or both, or set lors=None"),
         ({"decoder.stage.num_groups": 3}, "feat_channels 64 is not divisible by num_groups 3"),
         ({"decoder.stage.num_heads": 7}, "content_dim 64 is not divisible by num_heads 7"),
-        ({"decoder.featmap_strides": [4, 8, 16]}, "featmap_strides has 3 entries for 4 neck levels"),
+        ({"decoder.featmap_strides": [4, 8]}, "featmap_strides has 2 entries for 3 neck levels"),
         ({"neck.out_channels": 32}, "neck.out_channels 32 differs from decoder.stage.feat_channels 64"),
         (
             {"query_generator.content_dim": 32},
@@ -191,7 +191,7 @@ def test_refuses(changes, message):
 def test_refuses_levels_that_do_not_fit_at_run_time():
     model = build(PLAIN_DIGITS)
     xyzr, content = model.query_generator([(96, 96)])
-    with pytest.raises(UserError, match="featmap_strides has 4 entries for 1 feature levels"):
+    with pytest.raises(UserError, match="featmap_strides has 3 entries for 1 feature levels"):
         model.decoder([torch.zeros(1, 64, 24, 24)], xyzr, content)
-    with pytest.raises(UserError, match="neck.in_channels has 4 entries, the backbone gives 1 levels"):
+    with pytest.raises(UserError, match="neck.in_channels has 3 entries, the backbone gives 1 levels"):
         model.neck([torch.zeros(1, 32, 24, 24)])

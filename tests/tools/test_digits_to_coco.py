@@ -161,7 +161,7 @@ def test_default_statistics(scenes):
     heights = [a["bbox"][3] for a in coco["annotations"]]
     assert counts["images"] == 400 and 2.5 < counts["digits"] / 400 < 3.1
     assert 0.05 < counts["empty_share"] < 0.12
-    assert 0.25 < counts["small_share"] < 0.5
+    assert 0.1 < counts["small_share"] < 0.3
     assert 60 <= counts["touching_pairs"] <= 400
     assert min(heights) < 15 and max(heights) > 45
     assert {a["category_id"] for a in coco["annotations"]} == set(range(1, 11))

@@ -34,7 +34,8 @@ def main() -> None:
     if not metrics_file.is_file():
         raise UserError(f"{metrics_file} does not exist: write it with tools/test.py --metrics {metrics_file}")
     metrics = json.loads(metrics_file.read_text())
-    pictures = sorted(args.work_dir.glob("**/pictures/*.png"))
+    folders = sorted(args.work_dir.glob("**/pictures"), key=lambda folder: folder.stat().st_mtime)
+    pictures = list(folders[-1].iterdir()) if folders else []
 
     table = Table(title=Path(args.config).stem, show_header=False, title_justify="left")
     table.add_row("AP (COCO, 0.50:0.95)", f"{metrics['coco/bbox_mAP']:.3f}")
@@ -45,7 +46,7 @@ def main() -> None:
     plain, lors = decoder_parameters(cfg, None), decoder_parameters(cfg, cfg.model.decoder.get("lors"))
     table.add_row("decoder parameters", f"{lors:,} ({lors / plain:.0%} of plain AdaMixer's)")
     table.add_row("plain AdaMixer, same shape", f"{plain:,}")
-    table.add_row("pictures", f"{len(pictures)} in {pictures[0].parent}" if pictures else "none")
+    table.add_row("pictures", f"{len(pictures)} in {folders[-1]}" if pictures else "none")
     Console().print(table)
 
 

@@ -41,11 +41,12 @@ CLASSES = tuple("0123456789")
 
 EMPTY_SHARE = 0.08
 TOUCHING_SHARE = 0.15
+SMALL_SHARE = 0.15
 MAX_DIGITS = 5
 MAX_IOU = 0.3
 PLACEMENT_TRIES = 40
 MIN_VISIBLE_ALPHA = 0.2
-MIN_CONTRAST = 90.0
+MIN_CONTRAST = 110.0
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,13 @@ def random_mask(digit: np.ndarray, height: float, rng: np.random.Generator) -> n
 
 
 def random_height(size: int, rng: np.random.Generator) -> float:
-    """Digit height in pixels, log-uniform from an eighth to half of the image: 12 to 48 at 96 pixels."""
-    return float(np.exp(rng.uniform(np.log(max(size / 8, 8.0)), np.log(size / 2))))
+    """Digit height in pixels, log-uniform from a fifth to half of the image: 19 to 48 at 96 pixels.
+
+    One digit in seven is smaller, down to an eighth.
+    """
+    low, high = (size / 8, size / 5) if rng.random() < SMALL_SHARE else (size / 5, size / 2)
+    low = max(low, 8.0)
+    return float(np.exp(rng.uniform(np.log(low), np.log(max(low, high)))))
 
 
 def contrast(patch: np.ndarray, colour: np.ndarray) -> float:
