@@ -1,0 +1,3 @@
+_base_ = "../adamixer-lors_r50_100-queries_1x_coco.py"
+
+model = dict(decoder=dict(lors=dict(adaptive=dict(groups=[1, 1, 1, 1, 1, 1]))))

@@ -1,0 +1,9 @@
+# The paper does not give K for 12 stages: as for 6, a third of them has one group each, a third two, a third three.
+_base_ = "../adamixer-lors_r50_100-queries_1x_coco.py"
+
+model = dict(
+    decoder=dict(
+        num_stages=12,
+        lors=dict(adaptive=dict(groups=[1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])),
+    )
+)

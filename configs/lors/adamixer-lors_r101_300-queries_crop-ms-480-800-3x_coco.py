@@ -1,0 +1,3 @@
+_base_ = "adamixer-lors_r50_300-queries_crop-ms-480-800-3x_coco.py"
+
+model = dict(backbone=dict(depth=101, init_cfg=dict(checkpoint="torchvision://resnet101")))
