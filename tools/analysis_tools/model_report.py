@@ -1,0 +1,120 @@
+"""Parameters and multiply-adds of detectors, by part and by component of the decoder; the LORS paper's tables.
+
+Nothing is downloaded and no weights are made: the configs are built and run without numbers. What counts as a
+multiply-add is said in mmdet_lors/analysis/complexity.py. For a config with LORS, the last columns are its cost served
+folded: a plain decoder of the same groups and points, without anything more.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from mmdet.utils import register_all_modules
+from rich.console import Console
+from rich.table import Table
+
+from mmdet_lors.analysis.complexity import COMPONENTS, Report, folded, measure
+from mmdet_lors.analysis.paper_tables import Counts, markdown
+from mmdet_lors.engine.launch import load_config, run
+from mmdet_lors.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+SMALLEST = 32
+WIDTH = 130
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'1280x800' -> (1280, 800).
+
+    Raises:
+        UserError: anything else, or a side below 32 pixels, the largest stride.
+    """
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not match or min(size := (int(match[1]), int(match[2]))) < SMALLEST:
+        raise UserError(f"--input {text!r} must be WIDTHxHEIGHT in pixels, each {SMALLEST} or more, such as 1280x800")
+    return size
+
+
+def report_config(path: str, size: tuple[int, int]) -> tuple[Report, Report | None]:
+    """The report of a config, and of the same model served folded where it has LORS.
+
+    Raises:
+        UserError: a config that is missing or broken, or builds no AdaMixer.
+    """
+    cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
+    if "model" not in cfg:
+        raise UserError(f"config {path} has no model")
+    report = measure(cfg.model, size)
+    plain = folded(cfg.model)
+    return report, measure(plain, size) if plain else None
+
+
+def table(title: str, report: Report, served: Report | None) -> Table:
+    """One row per part and component."""
+    grid = Table(title=title, title_justify="left", caption_justify="left")
+    columns = ["parameters", "products, G", "elements, G", "multiply-adds, G"]
+    for name in ["", *columns, *(["folded: parameters", "multiply-adds, G"] if served else [])]:
+        grid.add_column(name, justify="right" if name else "left")
+
+    def add(name: str, pick, style: str | None = None) -> None:
+        cost, plain = pick(report), pick(served) if served else None
+        counted = [cost.products, cost.elements, cost.multiply_adds] if cost else []
+        cells = [f"{cost.parameters:,}", *(f"{n / 1e9:.3f}" for n in counted)] if cost else [""] * 4
+        if served:
+            cells += [f"{plain.parameters:,}", f"{plain.multiply_adds / 1e9:.3f}"] if plain else ["", ""]
+        grid.add_row(name, *cells, style=style)
+
+    for part in report.parts:
+        add(part, lambda r, part=part: r.parts[part])
+    add("decoder", lambda r: r.decoder)
+    for label in COMPONENTS:
+        if any(label in r.components for r in (report, served) if r):
+            add(f"  {label}", lambda r, label=label: r.components.get(label), "dim")
+    add("total", lambda r: r.total, "bold")
+    grid.caption = (
+        f"{report.total.trainable:,} parameters are trainable; the reference counts {report.reference_parameters:,}, "
+        f"4 constants per query more. Operations: {report.num_queries} queries, one image of {report.size[0]} x "
+        f"{report.size[1]}."
+    )
+    return grid
+
+
+def main() -> None:
+    """Count, then print, for people or for machines."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files")
+    parser.add_argument("--input", default="1280x800", metavar="WxH", help="input size (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to this file")
+    parser.add_argument("--paper", action="store_true", help="print Tables 1-8 of the LORS paper beside ours, Markdown")
+    args = parser.parse_args()
+    size = parse_size(args.input)
+    if not args.configs and not args.paper:
+        raise UserError("name at least one CONFIG, or --paper")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: folder {args.json.parent} does not exist")
+    if missing := [path for path in args.configs if not Path(path).is_file()]:
+        raise UserError(f"config {missing[0]} does not exist")
+
+    register_all_modules()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    found = {}
+    for path in args.configs:
+        report, served = report_config(path, size)
+        console.print(table(path, report, served))
+        found[path] = dict(report.as_dict(), folded=served and served.as_dict())
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if args.paper:
+        print(markdown(Counts(ROOT)), end="")
+
+
+if __name__ == "__main__":
+    run(main)
