@@ -1,0 +1,162 @@
+"""The warm start of a whole detector: outputs, what is copied, what is refused, what is left on the disk."""
+
+import sys
+
+import pytest
+import torch
+from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool
+from mmdet.registry import MODELS
+from torch import nn
+
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.errors import UserError
+
+TOOL = "model_converters/adamixer_to_lors.py"
+
+
+def lors_config(**lors):
+    cfg = load_config(LORS_DIGITS)
+    cfg.model.decoder.lors = lors or dict(
+        adaptive=dict(rank=2, groups=[1, 0, 1]), static=dict(rank=2, groups=[1, 2, 0])
+    )
+    return cfg
+
+
+def random_lors(cfg) -> nn.Module:
+    """A detector whose LORS parts are all in use."""
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for half in (model.decoder.lorsa, model.decoder.lorst):
+        for parameter in half.parameters() if half is not None else ():
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The plain weights that a detector with LORS is equal to."""
+    weights = {
+        k: v.clone() for k, v in model.state_dict().items() if not k.startswith(("decoder.lorsa", "decoder.lorst"))
+    }
+    for half, layer in ((model.decoder.lorsa, "parameter_generator"), (model.decoder.lorst, "out_proj")):
+        for i in range(3) if half is not None else ():
+            weight, bias = half.fold(i)
+            weights[f"decoder.stages.{i}.mixing.{layer}.weight"] = weight.clone()
+            weights[f"decoder.stages.{i}.mixing.{layer}.bias"] = bias.clone()
+    return weights
+
+
+def plain_checkpoint(path, weights=None):
+    if weights is None:
+        model = MODELS.build(load_config(PLAIN_DIGITS).model)
+        model.init_weights()
+        weights = model.state_dict()
+    torch.save(dict(meta=dict(epoch=12, dataset_meta=dict(classes=("0", "1"))), state_dict=weights), path)
+    return path
+
+
+def convert(monkeypatch, root, *arguments):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["adamixer_to_lors.py", *map(str, arguments)])
+    load_tool(TOOL).main()
+
+
+@pytest.mark.parametrize(
+    "lors",
+    [{}, dict(adaptive=dict(rank=2, groups=1)), dict(static=dict(rank=2, groups=1)), dict(static=dict(shared=False))],
+)
+def test_a_folded_lors_detector_comes_back(lors):
+    cfg = lors_config(**lors)
+    true, ours = random_lors(cfg), MODELS.build(cfg.model).eval()
+    errors = load_tool(TOOL).convert(fold(true), ours, turns=60)
+    assert max(e.fitted for e in errors.values()) < 1e-4
+    assert len(errors) == 3 * (2 * (true.decoder.lorsa is not None) + (true.decoder.lorst is not None))
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for output, expected in zip(ours._forward(images), true._forward(images), strict=True):
+            assert torch.allclose(output.cls_score, expected.cls_score, atol=1e-3)
+            assert torch.allclose(output.bboxes, expected.bboxes, atol=1e-2)
+
+
+def test_writes_a_checkpoint_that_fits_and_copies_the_rest(tmp_path, monkeypatch, root, capsys):
+    checkpoint, out = plain_checkpoint(tmp_path / "plain.pth"), tmp_path / "lors.pth"
+    convert(monkeypatch, root, PLAIN_DIGITS, checkpoint, LORS_DIGITS, out, "--turns", 2)
+    written = read_checkpoint(out)
+    check_fit(MODELS.build(load_config(LORS_DIGITS).model), written, out)
+    plain = read_checkpoint(checkpoint)["state_dict"]
+    copied = [k for k in written["state_dict"] if not k.startswith(("decoder.lorsa", "decoder.lorst"))]
+    assert len(copied) > 100 and all(torch.equal(written["state_dict"][k], plain[k]) for k in copied)
+    assert written["meta"]["dataset_meta"] == dict(classes=("0", "1"))
+    printed = capsys.readouterr().out
+    assert printed.count("S (spatial mixing)") == printed.count("W_out (output projection)") == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lors.pth", "plain.pth"]
+
+
+def nan_weights() -> dict:
+    weights = MODELS.build(load_config(PLAIN_DIGITS).model).state_dict()
+    weights["decoder.stages.1.mixing.out_proj.weight"][0, 0] = float("nan")
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PLAIN_DIGITS, "none.pth", LORS_DIGITS), r"checkpoint .*none.pth does not exist"),
+        (("configs/none.py", "plain.pth", LORS_DIGITS), r"config configs/none.py does not exist"),
+        ((LORS_DIGITS, "plain.pth", LORS_DIGITS), r"model.decoder.lors is set; CONFIG must be a plain AdaMixer"),
+        ((PLAIN_DIGITS, "plain.pth", PLAIN_DIGITS), r"model.decoder.lors is not set"),
+        (
+            (PLAIN_DIGITS, "plain.pth", "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"),
+            r"model.decoder.num_stages is 3 in .*digits.py and 6 in",
+        ),
+        (
+            ("configs/adamixer/adamixer_r50_100-queries_1x_coco.py", "plain.pth",
+             "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"),
+            r"model.decoder.stage.in_points is 32 in .* and 64 in .*: a warm start needs equal stages",
+        ),
+        ((PLAIN_DIGITS, "lors.pth", LORS_DIGITS), r"of another architecture: keys 12 missing .* unexpected"),
+        ((PLAIN_DIGITS, "nan.pth", LORS_DIGITS), r"mixing.out_proj.weight holds values that are not finite"),
+        ((PLAIN_DIGITS, "short.pth", LORS_DIGITS), r"it is cut short or no checkpoint"),
+        (("configs/_base_/schedules/adamixer_1x.py", "plain.pth", LORS_DIGITS), r"has no model.decoder"),
+    ],
+)  # fmt: skip
+def test_refuses_and_leaves_nothing_behind(arguments, message, tmp_path, monkeypatch, root):
+    config, name, lors = arguments
+    if name == "plain.pth":
+        plain_checkpoint(tmp_path / name)
+    elif name == "lors.pth":
+        torch.save(dict(state_dict=MODELS.build(load_config(LORS_DIGITS).model).state_dict()), tmp_path / name)
+    elif name == "nan.pth":
+        plain_checkpoint(tmp_path / name, nan_weights())
+    elif name == "short.pth":
+        whole = plain_checkpoint(tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(UserError, match=message):
+        convert(monkeypatch, root, config, tmp_path / name, lors, out / "lors.pth")
+    assert not list(out.iterdir())
+
+
+def test_refuses_bad_options(tmp_path, monkeypatch, root):
+    for arguments, message in (
+        (("c", "p", "l", tmp_path / "missing" / "out.pth"), "must be a file in a folder that exists"),
+        (("c", "p", "l", tmp_path), "must be a file in a folder that exists"),
+        (("c", "p", "l", tmp_path / "out.pth", "--turns", "0"), "--turns must be 1 or more, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(monkeypatch, root, *arguments)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    tool, out = load_tool(TOOL), tmp_path / "out.pth"
+    out.write_bytes(b"old")
+
+    def full_disk(_, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(tool.torch, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        tool.save({}, out)
+    assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]

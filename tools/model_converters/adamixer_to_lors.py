@@ -1,0 +1,176 @@
+"""Warm start: turn the weights of a trained plain AdaMixer into weights of an AdaMixer with LORS.
+
+What LORS shares and factorises is fitted (mmdet_lors/lors/warm_start.py), everything else is copied. Both configs need
+the same stages: the same number, sampling groups and points. Train on from the result with
+tools/train.py LORS_CONFIG --cfg-options load_from=OUT.
+"""
+
+import argparse
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
+from mmdet_lors.analysis.complexity import build_on_meta
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.launch import load_config, run
+from mmdet_lors.errors import UserError
+from mmdet_lors.lors.warm_start import FitError, fit_lorsa_, fit_lorst_
+
+LORS_KEYS = ("decoder.lorsa.", "decoder.lorst.")
+WEIGHTS = ("M (channel mixing)", "S (spatial mixing)", "W_out (output projection)")
+Errors = dict[tuple[int, str], FitError]
+
+
+def read_config(path: str) -> Config:
+    """A detector's config.
+
+    Raises:
+        UserError: no such file, a broken one, or one without an AdaMixer decoder.
+    """
+    cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
+    if cfg.get("model", {}).get("decoder") is None:
+        raise UserError(f"config {path} has no model.decoder: it is no AdaMixer")
+    return cfg
+
+
+def check_configs(plain: Config, lors: Config) -> None:
+    """Refuse two configs between which weights cannot be carried over.
+
+    Raises:
+        UserError: LORS in the first or none in the second, or stages that differ; names the field.
+    """
+    if plain.model.decoder.get("lors") is not None:
+        raise UserError(f"{plain.filename}: model.decoder.lors is set; CONFIG must be a plain AdaMixer")
+    if lors.model.decoder.get("lors") is None:
+        raise UserError(f"{lors.filename}: model.decoder.lors is not set; LORS_CONFIG must be an AdaMixer with LORS")
+    defaults = {k: p.default for k, p in inspect.signature(AdaMixerDecoderStage).parameters.items()}
+    fields = ["num_stages", "num_classes", "featmap_strides"]
+    theirs, ours = ({f: cfg.model.decoder[f] for f in fields} for cfg in (plain, lors))
+    for found, cfg in ((theirs, plain), (ours, lors)):
+        stage = defaults | dict(cfg.model.decoder.stage)
+        found.update({f"stage.{k}": stage[k] for k in sorted(stage) if k not in ("num_classes", "init_cfg")})
+    for field, value in ours.items():
+        if theirs.get(field) != value:
+            raise UserError(
+                f"model.decoder.{field} is {theirs.get(field)} in {plain.filename} and {value} in {lors.filename}: "
+                "a warm start needs equal stages"
+            )
+
+
+def read_weights(path: str, model: QueryBased) -> tuple[dict[str, Tensor], dict]:
+    """The weights of a checkpoint that fits this model, and its ``meta``.
+
+    Raises:
+        UserError: a file that cannot be read, weights of another architecture, or values that are not finite.
+    """
+    checkpoint = read_checkpoint(path)
+    check_fit(model, checkpoint, path)
+    weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"checkpoint {path}: {key} holds values that are not finite")
+    meta = checkpoint.get("meta")
+    return weights, dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def convert(weights: Mapping[str, Tensor], model: QueryBased, turns: int) -> Errors:
+    """Fill a detector with LORS from a plain one's weights.
+
+    Args:
+        weights: state dict of a plain AdaMixer with the same stages.
+        model: the detector with LORS, filled in place.
+        turns: see :func:`mmdet_lors.lors.warm_start.fit_adaptive`.
+
+    Returns:
+        Relative error by stage and weight; a weight that the stages own is copied and not listed.
+
+    Raises:
+        UserError: a weight to copy that is missing or of another shape.
+    """
+    copied = {k: v for k, v in model.state_dict().items() if not k.startswith(LORS_KEYS)}
+    for key, value in copied.items():
+        if key not in weights or weights[key].shape != value.shape:
+            found = tuple(weights[key].shape) if key in weights else "missing"
+            raise UserError(f"{key} is {found} in the plain AdaMixer, LORS_CONFIG needs {tuple(value.shape)}")
+    model.load_state_dict({k: weights[k] for k in copied}, strict=False)
+
+    decoder, errors = model.decoder, {}
+
+    def stack(layer: str) -> tuple[list[Tensor], list[Tensor]]:
+        names = [f"decoder.stages.{i}.mixing.{layer}" for i in range(len(decoder.stages))]
+        return [weights[f"{n}.weight"].float() for n in names], [weights[f"{n}.bias"].float() for n in names]
+
+    if decoder.lorsa is not None:
+        for i, pair in enumerate(fit_lorsa_(decoder.lorsa, *stack("parameter_generator"), turns=turns)):
+            errors.update({(i, weight): error for weight, error in zip(WEIGHTS[:2], pair, strict=True)})
+    if decoder.lorst is not None:
+        for i, error in enumerate(fit_lorst_(decoder.lorst, *stack("out_proj"), turns=turns)):
+            errors[i, WEIGHTS[2]] = error
+    return errors
+
+
+def save(checkpoint: dict, out: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        torch.save(checkpoint, partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def error_table(errors: Errors) -> Table:
+    """Relative errors, one row per stage and weight."""
+    table = Table(title="relative error of the fitted weights, |W_plain - W_LORS| / |W_plain|", title_justify="left")
+    for column in ("stage", "weight", "mean of the stages alone", "LORS"):
+        table.add_column(column, justify="right" if column != "weight" else "left")
+    for (stage, weight), error in sorted(errors.items()):
+        table.add_row(str(stage), weight, f"{error.mean:.4f}", f"{error.fitted:.4f}")
+    return table
+
+
+def main() -> None:
+    """Check everything first, then fit, then write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of the plain AdaMixer")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument("lors_config", help="config of the AdaMixer with LORS")
+    parser.add_argument("out", type=Path, help="checkpoint to write")
+    parser.add_argument(
+        "--turns", type=int, default=20, help="refits of shared and private parts in turn (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    if args.turns < 1:
+        raise UserError(f"--turns must be 1 or more, got {args.turns}")
+    if not args.out.parent.is_dir() or args.out.is_dir():
+        raise UserError(f"OUT {args.out}: must be a file in a folder that exists")
+
+    plain, lors = read_config(args.config), read_config(args.lors_config)
+    register_all_modules()
+    check_configs(plain, lors)
+    weights, meta = read_weights(args.checkpoint, build_on_meta(plain.model))
+    model = MODELS.build(lors.model)
+    errors = convert(weights, model, args.turns)
+    meta = {k: meta[k] for k in ("dataset_meta",) if k in meta}
+    save(dict(meta=dict(meta, cfg=lors.pretty_text), state_dict=model.state_dict()), args.out)
+    console = Console()
+    console.print(error_table(errors))
+    console.print(f"wrote {args.out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main)
