@@ -9,9 +9,10 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
-from mmdet_lors.engine.launch import add_common_options, bare_model, is_first_process, load_config, run
+from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.errors import UserError
 
 
@@ -73,10 +74,9 @@ def main() -> None:
     cfg = load_config(args)
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out {args.out}: the name must end in .pkl or .pickle")
-    checkpoint = None
     if is_first_process():
         check_inputs(cfg, ("test",))
-        checkpoint = read_checkpoint(args.checkpoint)
+        check_fit(build_without_weights(cfg.model), read_checkpoint(args.checkpoint), args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         draw(cfg, args)
@@ -85,8 +85,6 @@ def main() -> None:
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
-    if checkpoint is not None:
-        check_fit(bare_model(runner), checkpoint, args.checkpoint)
     metrics = runner.test()
     if args.metrics and is_first_process():
         Path(args.metrics).parent.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,10 @@ import torch
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
-from mmdet_lors.engine.launch import add_common_options, bare_model, is_first_process, load_config, run
+from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.errors import UserError
 
 
@@ -45,21 +46,16 @@ def main() -> None:
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
 
-    start = None
-    if args.resume == "auto":
-        cfg.resume, cfg.load_from = True, None
-        start = find_latest_checkpoint(cfg.work_dir)
-    elif args.resume:
-        cfg.resume, cfg.load_from = True, args.resume
-        start = args.resume
-
-    checkpoint = None
+    if args.resume:
+        cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
     if is_first_process():
         check_inputs(cfg, ("train", "val"))
-        checkpoint = read_checkpoint(start) if start else None
+        model = build_without_weights(cfg.model)
+        resume = cfg.get("resume", False)
+        start = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if resume else None)
+        if start and "://" not in start:
+            check_fit(model, read_checkpoint(start), start, partly=not resume)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    if checkpoint is not None:
-        check_fit(bare_model(runner), checkpoint, start)
     runner.train()
 
 

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from mmdet.models.losses import accuracy
+from mmdet.models.task_modules.assigners import HungarianAssigner
 from mmdet.registry import MODELS, TASK_UTILS
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import scale_boxes
@@ -13,6 +15,7 @@ from mmdet.utils import reduce_mean
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, ModuleList
 from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdet_lors.errors import UserError
@@ -74,7 +77,7 @@ class AdaMixerDecoder(BaseModule):
             'adaptive' makes M and S of all stages with one LORSA, 'static' their output projections with one
             LORST. Either half may be left out; ``rank`` and ``groups`` are one integer or one per stage.
         loss_cls, loss_bbox, loss_iou: losses of every stage.
-        train_cfg: ``dict(assigner=...)``.
+        train_cfg: ``dict(assigner=...)``, a Hungarian assigner; its match costs are used.
         test_cfg: ``dict(max_per_img=...)``.
 
     Raises:
@@ -99,6 +102,8 @@ class AdaMixerDecoder(BaseModule):
         self.num_classes, self.featmap_strides = num_classes, list(featmap_strides)
         self.max_per_img = (test_cfg or {}).get("max_per_img", 100)
         self.assigner = TASK_UTILS.build(train_cfg["assigner"]) if train_cfg else None
+        if train_cfg and not isinstance(self.assigner, HungarianAssigner):
+            raise UserError(f"train_cfg.assigner must be a HungarianAssigner, got {type(self.assigner).__name__}")
         self.loss_cls = MODELS.build(loss_cls)
         self.loss_bbox = MODELS.build(loss_bbox)
         self.loss_iou = MODELS.build(loss_iou)
@@ -166,39 +171,64 @@ class AdaMixerDecoder(BaseModule):
     ) -> dict[str, Tensor]:
         """Losses of every stage, 'stage{i}_loss_cls', '..._loss_bbox', '..._loss_iou', and '..._pos_acc' in %."""
         outputs = self(feats, xyzr, content)
+        targets = self.assign(outputs, batch_data_samples)
         losses = {}
-        for i, output in enumerate(outputs):
-            for name, value in self.stage_loss(output, batch_data_samples).items():
+        for i, (output, labels, boxes) in enumerate(zip(outputs, *targets, strict=True)):
+            for name, value in self.stage_loss(output, labels, boxes, batch_data_samples).items():
                 losses[f"stage{i}_{name}"] = value
         return losses
 
-    def assign(self, output: StageOutput, batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
-        """Match queries to objects, one to one, on detached predictions and in the boxes' data type.
+    @torch.no_grad()
+    def assign(self, outputs: Sequence[StageOutput], batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
+        """Match queries to objects, one to one, in every stage and image; in the boxes' data type.
+
+        Matching does not feed the forward pass, so that the costs of all stages and images go to the host at once.
 
         Returns:
-            For all B * N queries: the label (num_classes for background) and the target box, zero for background.
+            For all B * N queries of S stages: the label (num_classes for background), (S, B * N), and the target
+            box, zero for background, (S, B * N, 4).
         """
-        bboxes = output.bboxes.detach()
-        cls_score = output.cls_score.detach().to(bboxes.dtype)
-        labels = bboxes.new_full(bboxes.shape[:2], self.num_classes, dtype=torch.long)
-        targets = torch.zeros_like(bboxes)
-        for b, sample in enumerate(batch_data_samples):
-            objects = sample.gt_instances
-            gt = InstanceData(labels=objects.labels, bboxes=objects.bboxes.to(bboxes.dtype))
-            predicted = InstanceData(scores=cls_score[b], bboxes=bboxes[b])
-            result = self.assigner.assign(predicted, gt, img_meta=sample.metainfo)
-            matched = result.gt_inds > 0
-            index = result.gt_inds[matched] - 1
-            labels[b, matched], targets[b, matched] = gt.labels[index], gt.bboxes[index]
-        return labels.flatten(), targets.flatten(0, 1)
+        bboxes = torch.stack([output.bboxes for output in outputs], dim=1)
+        scores = torch.stack([output.cls_score for output in outputs], dim=1).to(bboxes.dtype)
+        batch, stages, num_queries, _ = bboxes.shape
+        objects = [sample.gt_instances for sample in batch_data_samples]
+        costs = []
+        for b, (sample, gt) in enumerate(zip(batch_data_samples, objects, strict=True)):
+            if len(gt):
+                predicted = InstanceData(scores=scores[b].flatten(0, 1), bboxes=bboxes[b].flatten(0, 1))
+                gt = InstanceData(labels=gt.labels, bboxes=gt.bboxes.to(bboxes.dtype))
+                terms = [cost(predicted, gt, sample.metainfo) for cost in self.assigner.match_costs]
+                costs.append(sum(terms).flatten())
+        labels = bboxes.new_full((stages, batch, num_queries), self.num_classes, dtype=torch.long)
+        targets = bboxes.new_zeros(stages, batch, num_queries, 4)
+        if costs:
+            host, matches, first = torch.cat(costs).cpu().numpy(), [], 0
+            for b, gt in enumerate(objects):
+                cost, host = np.split(host, [stages * num_queries * len(gt)])
+                for s, stage_cost in enumerate(cost.reshape(stages, num_queries, len(gt))):
+                    queries, matched = linear_sum_assignment(stage_cost)
+                    matches.append(
+                        np.stack([np.full_like(queries, s), np.full_like(queries, b), queries, matched + first])
+                    )
+                first += len(gt)
+            s, b, queries, matched = torch.from_numpy(np.concatenate(matches, axis=1)).to(bboxes.device)
+            labels[s, b, queries] = torch.cat([gt.labels for gt in objects])[matched]
+            targets[s, b, queries] = torch.cat([gt.bboxes for gt in objects])[matched].to(targets.dtype)
+        return labels.flatten(1), targets.flatten(1, 2)
 
-    def stage_loss(self, output: StageOutput, batch_data_samples: SampleList) -> dict[str, Tensor]:
+    def stage_loss(
+        self, output: StageOutput, labels: Tensor, targets: Tensor, batch_data_samples: SampleList
+    ) -> dict[str, Tensor]:
         """Focal, L1 and GIoU loss of one stage, over the number of positives (mean over ranks, at least 1).
 
         L1 is taken on boxes divided by the image's (w, h, w, h), GIoU on pixel boxes. The sums are divided here,
         because the losses' own ``avg_factor`` adds a float32 epsilon to it.
+
+        Args:
+            output: what the stage predicts.
+            labels, targets: one stage of what :meth:`assign` returns, (B * N,) and (B * N, 4).
+            batch_data_samples: for the images' sizes.
         """
-        labels, targets = self.assign(output, batch_data_samples)
         positive = labels < self.num_classes
         num_positive = reduce_mean(positive.sum().to(output.bboxes.dtype)).clamp(min=1)
         cls_score, bboxes = output.cls_score.flatten(0, 1), output.bboxes.flatten(0, 1)

@@ -21,13 +21,12 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from mmcv.ops import deform_conv, modulated_deform_conv
-from mmdet.registry import MODELS
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mmdet_lors.adamixer import QueryBased
+from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.errors import UserError
 
 PARTS = {"backbone": "backbone", "neck": "neck", "query_generator": "queries", "decoder": "decoder"}
@@ -129,28 +128,16 @@ class Report:
         )
 
 
-class _SkipInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they come out of the allocator: their values are never read."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs.get("tensor", args[0] if args else None)
-        return func(*args, **kwargs)
-
-
 def build_on_meta(model_cfg: dict) -> QueryBased:
     """The detector of this model config without any weights, in evaluation mode.
 
     Raises:
         UserError: the config builds another kind of model.
     """
-    with _SkipInitialisation():
-        # Not torch.device("meta"): Swin reads values of small tensors while it is built.
-        model = MODELS.build(model_cfg)
+    model = build_without_weights(model_cfg)
     if not isinstance(model, QueryBased):
         raise UserError(f"model.type {model_cfg.get('type')!r} is not counted by this report; it counts QueryBased")
-    return model.to("meta").eval()
+    return model.eval()
 
 
 class OperationCounter(TorchDispatchMode):

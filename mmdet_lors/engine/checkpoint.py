@@ -58,8 +58,14 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     return dict(checkpoint)
 
 
-def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path) -> None:
+def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path, partly: bool = False) -> None:
     """Refuse a checkpoint whose weights are not exactly the model's.
+
+    Args:
+        model: only names and shapes of its weights are read.
+        checkpoint: what :func:`read_checkpoint` returned.
+        path: its file, for messages.
+        partly: one weight that fits is enough, as for fine-tuning a model with other classes.
 
     Raises:
         UserError: how many keys are missing, unexpected or of another shape, and the first ones.
@@ -67,6 +73,8 @@ def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path) -> None:
     theirs: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     theirs = {k.removeprefix("module."): v for k, v in theirs.items()}
     ours = model.state_dict()
+    if partly and any(k in theirs and theirs[k].shape == v.shape for k, v in ours.items()):
+        return
     problems = {
         "missing": [k for k in ours if k not in theirs],
         "unexpected": [k for k in theirs if k not in ours],

@@ -10,8 +10,6 @@ import torch
 from mmdet.utils import register_all_modules, setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_distributed
-from mmengine.runner import Runner
-from torch import nn
 
 from mmdet_lors.errors import UserError
 
@@ -76,14 +74,6 @@ def _prepare_cpu(cfg: Config) -> None:
 def is_first_process() -> bool:
     """Whether this is the process that checks, and speaks for, all of them."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
-
-
-def bare_model(runner: Runner) -> nn.Module:
-    """The runner's detector, without the wrappers of distributed training and test-time augmentation."""
-    model = runner.model
-    while hasattr(model, "module"):
-        model = model.module
-    return model
 
 
 def run(main: Callable[[], None]) -> None:

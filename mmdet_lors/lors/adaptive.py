@@ -4,11 +4,18 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocation import PerLayer, allocation
 
 Shape = tuple[int, int]
+
+
+def split(flat: Tensor, shapes: Sequence[Shape], copies: int) -> list[Tensor]:
+    """What one Linear generates, (..., copies * sum(rows * cols)) -> one (..., copies, rows, cols) per shape."""
+    parts = flat.unflatten(-1, (copies, -1)).split([rows * cols for rows, cols in shapes], dim=-1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class AdaptiveWeights(nn.Linear):
@@ -33,15 +40,9 @@ class AdaptiveWeights(nn.Linear):
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """(..., out_features) -> one (..., copies, rows, cols) per shape."""
-        sets = flat.unflatten(-1, (self.copies, -1))
-        parts = sets.split([rows * cols for rows, cols in self.shapes], dim=-1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
     def forward(self, query: Tensor) -> list[Tensor]:
         """(..., query_dim) -> one (..., copies, rows, cols) per shape."""
-        return self.split(super().forward(query))
+        return split(super().forward(query), self.shapes, self.copies)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, shapes={self.shapes}, copies={self.copies}"
@@ -136,7 +137,7 @@ class LORSA(nn.Module):
         super().__init__()
         if shared_init not in self.SHARED_INITS:
             raise ValueError(f"shared_init must be one of {', '.join(self.SHARED_INITS)}, got {shared_init!r}")
-        self.shared_init = shared_init
+        self.shared_init, self.shapes, self.copies = shared_init, [tuple(s) for s in shapes], copies
         self.shared = AdaptiveWeights(query_dim, shapes, copies) if shared else None
         self.private = nn.ModuleList(
             PrivateLORSA(query_dim, shapes, copies, r, k) if k else None
@@ -161,11 +162,17 @@ class LORSA(nn.Module):
                     private.E.reset_parameters()
 
     def forward(self, query: Tensor, layer: int) -> list[Tensor]:
-        """W_i(q). (..., query_dim) -> one (..., copies, rows, cols) per shape."""
+        """W_i(q). (..., query_dim) -> one (..., copies, rows, cols) per shape.
+
+        B E A costs the same for a query as for a column of the folded generator, of which there are m + 1: with more
+        queries than that, training folds first.
+        """
         lead, query = query.shape[:-1], query.flatten(0, -2)
         private = self.private[layer]
         if private is None:
             weights = self.shared(query)
+        elif self.training and len(query) > query.shape[1] + 1:
+            weights = split(F.linear(query, *self.fold(layer)), self.shapes, self.copies)
         elif self.shared is None:
             weights = private(query)
         else:
@@ -182,7 +189,7 @@ class LORSA(nn.Module):
         if private is None:
             return self.shared.weight, self.shared.bias
         columns = torch.cat([private.E.weight.T, private.E.bias[None]])
-        composed = private.compose(private.E.split(columns))
+        composed = private.compose(split(columns, private.E.shapes, private.E.copies))
         flat = torch.cat([w.flatten(-2) for w in composed], dim=-1).flatten(-2)
         weight, bias = flat[:-1].T, flat[-1]
         if self.shared is None:

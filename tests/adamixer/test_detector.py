@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, data_samples, load_config
 from mmdet.registry import MODELS
+from mmengine.structures import InstanceData
 
 from mmdet_lors.errors import UserError
 
@@ -170,6 +171,10 @@ def test_channels_last_features_give_the_same():
         ({"decoder.lors": dict(dynamic=dict(rank=3))}, "lors.dynamic is unknown; known: adaptive, static"),
         ({"decoder.lors": dict(adaptive=4)}, "lors.adaptive must be a dict, got 4"),
         ({"decoder.lors": {}}, "lors is empty: name 'adaptive', 'static' or both, or set lors=None"),
+        (
+            {"train_cfg.assigner": dict(_delete_=True, type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5)},
+            "HungarianAssigner",
+        ),
         ({"decoder.stage.num_groups": 3}, "feat_channels 64 is not divisible by num_groups 3"),
         ({"decoder.stage.num_heads": 7}, "content_dim 64 is not divisible by num_heads 7"),
         ({"decoder.featmap_strides": [4, 8]}, "featmap_strides has 2 entries for 3 neck levels"),
@@ -195,3 +200,25 @@ def test_refuses_levels_that_do_not_fit_at_run_time():
         model.decoder([torch.zeros(1, 64, 24, 24)], xyzr, content)
     with pytest.raises(UserError, match="neck.in_channels has 3 entries, the backbone gives 1 levels"):
         model.neck([torch.zeros(1, 32, 24, 24)])
+
+
+@pytest.mark.parametrize("num_boxes", [[3, 1, 5], [0, 4, 0], [0, 0, 0], [30, 0, 2]])
+def test_matching_all_stages_at_once_equals_the_assigner_called_for_each(num_boxes):
+    """Labels and boxes of every query, against mmdet's HungarianAssigner stage by stage and image by image."""
+    model = build(PLAIN_DIGITS)
+    decoder = model.decoder
+    for stage in decoder.stages:
+        torch.nn.init.normal_(stage.reg_branch[-1].weight, std=0.1)
+    samples = data_samples(num_boxes, (96, 96), 10)
+    outputs = model(torch.randn(3, 3, 96, 96), samples, mode="tensor")
+    labels, boxes = decoder.assign(outputs, samples)
+    for s, output in enumerate(outputs):
+        for b, sample in enumerate(samples):
+            gt, queries = sample.gt_instances, slice(20 * b, 20 * b + 20)
+            predicted = InstanceData(scores=output.cls_score[b].detach(), bboxes=output.bboxes[b].detach())
+            index = decoder.assigner.assign(predicted, gt, img_meta=sample.metainfo).gt_inds
+            matched = index > 0
+            assert matched.sum() == min(20, num_boxes[b])
+            assert torch.equal(labels[s, queries][matched], gt.labels[index[matched] - 1])
+            assert torch.equal(boxes[s, queries][matched], gt.bboxes[index[matched] - 1])
+            assert (labels[s, queries][~matched] == 10).all() and not boxes[s, queries][~matched].any()

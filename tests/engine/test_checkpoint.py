@@ -90,3 +90,10 @@ def test_fit_counts_and_names_what_differs():
         "checkpoint a.pth is of another architecture: keys 2 missing (0.weight, 0.bias); 1 unexpected (extra); "
         "1 of another shape (1.weight (5, 3) instead of (4, 3))"
     )
+
+
+def test_fine_tuning_needs_one_weight_that_fits():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    check_fit(model, {"0.weight": torch.zeros(3, 2), "head": torch.zeros(1)}, "a.pth", partly=True)
+    with pytest.raises(UserError, match="4 missing"):
+        check_fit(model, {"head": torch.zeros(1)}, "a.pth", partly=True)

@@ -67,6 +67,24 @@ def test_folded_linear_generates_the_same_weights(shared, layer):
         assert torch.allclose(ours, folded, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_folding_for_many_queries_changes_neither_weights_nor_gradients(shared, layer):
+    module = lorsa(shared=shared)
+    q = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for run in (module.train(), module.eval()):
+        weights = run(q, layer)
+        module.zero_grad()
+        q.grad = None
+        sum((w * w.detach().cos()).sum() for w in weights).backward()
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        found.append([*weights, q.grad, *[g.clone() for g in gradients]])
+    assert len(found[0]) == len(found[1]) > 6
+    for folded, direct in zip(*found, strict=True):
+        assert torch.allclose(folded, direct, rtol=1e-10, atol=1e-11)
+
+
 def test_a_layer_without_groups_is_the_shared_generator():
     module, q = lorsa(groups=[0, 2, 1]), torch.randn(7, 8, dtype=torch.float64)
     for ours, shared in zip(module(q, 0), module.shared(q), strict=True):

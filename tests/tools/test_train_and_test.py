@@ -152,12 +152,21 @@ def test_train_refuses_a_broken_config(work, tmp_path, monkeypatch, capsys):
         ("model.decoder.lors.static.size=3", "lors.static.size is unknown"),
         ("model.decoder.stage.num_groups=5", "feat_channels 64 is not divisible by num_groups 5"),
         ("model.decoder.featmap_strides=[4,8]", "featmap_strides has 2 entries for 3 neck levels"),
+        ("model.decoder.num_layers=3", "AdaMixerDecoder.__init__() got an unexpected keyword argument 'num_layers'"),
+        ("model.neck.type=ChannelMaping", "ChannelMaping is not in the mmdet::model registry"),
+        ("load_from=none.pth", "checkpoint none.pth does not exist"),
     ],
 )
-def test_train_refuses_a_setting(setting, message, tiny_digits, tmp_path, monkeypatch, capsys):
-    arguments = [str(ROOT / LORS_DIGITS), "--work-dir", str(tmp_path / "work"), *options(tiny_digits), setting]
+def test_train_refuses_a_setting(setting, message, tiny_digits, work, monkeypatch, capsys):
+    arguments = [str(ROOT / LORS_DIGITS), *work, *options(tiny_digits), setting]
     assert message in refused("train.py", arguments, monkeypatch, capsys)
-    assert not list(tmp_path.glob("work/*.pth"))
+
+
+def test_resume_refuses_a_checkpoint_that_is_cut_short(trained, tiny_digits, work, tmp_path, monkeypatch, capsys):
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes((trained / "epoch_1.pth").read_bytes()[:5000])
+    arguments = [str(ROOT / LORS_DIGITS), "--resume", str(cut), *work, *options(tiny_digits)]
+    assert "it is cut short" in refused("train.py", arguments, monkeypatch, capsys)
 
 
 def test_train_refuses_amp_without_a_gpu(work, monkeypatch, capsys):
@@ -174,8 +183,8 @@ def test_test_refuses_a_checkpoint(trained, tiny_digits, work, tmp_path, monkeyp
         assert message in refused("test.py", arguments, monkeypatch, capsys)
 
 
-def test_test_refuses_a_checkpoint_of_another_architecture(trained, tiny_digits, tmp_path, monkeypatch, capsys):
-    arguments = [str(ROOT / PLAIN_DIGITS), str(trained / "epoch_1.pth"), "--work-dir", str(tmp_path / "w")]
+def test_test_refuses_a_checkpoint_of_another_architecture(trained, tiny_digits, work, monkeypatch, capsys):
+    arguments = [str(ROOT / PLAIN_DIGITS), str(trained / "epoch_1.pth"), *work]
     message = refused("test.py", [*arguments, *options(tiny_digits)], monkeypatch, capsys)
     assert re.search(r"12 missing \(decoder.stages.0.mixing.parameter_generator.weight, .*\d+ unexpected", message)
 
