@@ -10,6 +10,7 @@ import torch
 from mmdet.utils import register_all_modules, setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_distributed
+from mmengine.registry import init_default_scope
 
 from mmdet_lors.errors import UserError
 
@@ -53,6 +54,7 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
     register_all_modules(init_default_scope=False)
+    init_default_scope(cfg.get("default_scope", "mmdet"))
     setup_cache_size_limit_of_dynamo()
     if not torch.cuda.is_available():
         _prepare_cpu(cfg)
@@ -82,3 +84,6 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    if is_distributed():
+        # gloo's threads abort a process that ends while they still run.
+        torch.distributed.destroy_process_group()
