@@ -41,12 +41,12 @@ CLASSES = tuple("0123456789")
 
 EMPTY_SHARE = 0.08
 TOUCHING_SHARE = 0.15
-SMALL_SHARE = 0.15
+SMALL_SHARE = 0.1
 MAX_DIGITS = 5
 MAX_IOU = 0.3
 PLACEMENT_TRIES = 40
 MIN_VISIBLE_ALPHA = 0.2
-MIN_CONTRAST = 110.0
+MIN_CONTRAST = 120.0
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def random_mask(digit: np.ndarray, height: float, rng: np.random.Generator) -> n
 def random_height(size: int, rng: np.random.Generator) -> float:
     """Digit height in pixels, log-uniform from a fifth to half of the image: 19 to 48 at 96 pixels.
 
-    One digit in seven is smaller, down to an eighth.
+    One digit in ten is smaller, down to an eighth.
     """
     low, high = (size / 8, size / 5) if rng.random() < SMALL_SHARE else (size / 5, size / 2)
     low = max(low, 8.0)
