@@ -38,6 +38,8 @@ def main() -> None:
     pictures = list(folders[-1].iterdir()) if folders else []
 
     table = Table(title=Path(args.config).stem, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("AP (COCO, 0.50:0.95)", f"{metrics['coco/bbox_mAP']:.3f}")
     table.add_row("AP50", f"{metrics['coco/bbox_mAP_50']:.3f}")
     if args.training_seconds is not None:
