@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,13 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from mmdet_lors.errors import UserError
+
+
+def _history_method(owner: type, name: str) -> Callable:
+    """What ``getattr`` may do in a checkpoint: name one of HistoryBuffer's statistics, which mmengine pickles so."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current", "statistics"):
+        raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) is not safe to load")
+    return getattr(owner, name)
 
 
 def allow_mmengine_objects() -> None:
@@ -24,7 +31,15 @@ def allow_mmengine_objects() -> None:
     reconstruct_array, reconstruct_scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, reconstruct_array, reconstruct_scalar, getattr, *dtypes]
+        [
+            HistoryBuffer,
+            (_history_method, "builtins.getattr"),
+            np.ndarray,
+            np.dtype,
+            reconstruct_array,
+            reconstruct_scalar,
+            *dtypes,
+        ]
     )
 
 

@@ -40,6 +40,19 @@ def test_a_checkpoint_that_would_run_a_command_is_refused(tmp_path):
     assert not target.exists()
 
 
+class Reaching:
+    """Takes an attribute of an allowed class when unpickled, from where others can be reached."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, "__init__")
+
+
+def test_a_checkpoint_that_reaches_into_an_allowed_class_is_refused(tmp_path):
+    torch.save(dict(state_dict={}, meta=Reaching()), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="not safe to load"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_a_plain_pickle_that_would_run_a_command_is_refused(tmp_path):
     target = tmp_path / "ran"
     (tmp_path / "a.pth").write_bytes(pickle.dumps(Malicious(target)))
