@@ -196,7 +196,7 @@ def fit_lorsa_(
     Returns:
         The error of every layer, one per shape (all copies and the bias together).
     """
-    shapes, copies = _layout(lorsa)
+    shapes, copies = lorsa.shapes, lorsa.copies
     size, columns = sum(rows * cols for rows, cols in shapes), weights[0].shape[1] + 1
     plain = [_blocks(w, b, shapes, copies) for w, b in zip(weights, biases, strict=True)]
     ranks = [0 if p is None else p.rank for p in lorsa.private]
@@ -234,14 +234,6 @@ def fit_lorsa_(
             [FitError(_relative(w - m, w), _relative(w - f, w)) for w, m, f in zip(blocks, mean, ours, strict=True)]
         )
     return errors
-
-
-def _layout(lorsa: LORSA) -> tuple[list[tuple[int, int]], int]:
-    """(rows, cols) of each weight of a set, and the number of sets."""
-    if lorsa.shared is not None:
-        return lorsa.shared.shapes, lorsa.shared.copies
-    first = lorsa.private[0]
-    return [(B.shape[1], A.shape[2]) for B, A in zip(first.B, first.A, strict=True)], first.copies
 
 
 def _split(columns: Tensor, shapes: Sequence[tuple[int, int]], copies: int) -> list[Tensor]:
