@@ -1,5 +1,6 @@
-"""Reading checkpoints safely, and saying what is wrong with one that does not fit."""
+"""Reading checkpoints safely, writing them whole, and saying what is wrong with one that does not fit."""
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -71,6 +72,25 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return dict(checkpoint)
+
+
+def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
+    """Write to a file beside ``path``, then rename it: ``path`` is whole or untouched.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path, partly: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.errors import UserError
 
 
@@ -110,3 +110,17 @@ def test_fine_tuning_needs_one_weight_that_fits():
     check_fit(model, {"0.weight": torch.zeros(3, 2), "head": torch.zeros(1)}, "a.pth", partly=True)
     with pytest.raises(UserError, match="4 missing"):
         check_fit(model, {"head": torch.zeros(1)}, "a.pth", partly=True)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"old")
+
+    def full_disk(_, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match="out.pth cannot be written: no space left"):
+        write_checkpoint({}, out)
+    assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]

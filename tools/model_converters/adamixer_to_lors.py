@@ -7,7 +7,6 @@ tools/train.py LORS_CONFIG --cfg-options load_from=OUT.
 
 import argparse
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
 from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.warm_start import FitError, fit_lorsa_, fit_lorst_
@@ -119,16 +118,6 @@ def convert(weights: Mapping[str, Tensor], model: QueryBased, turns: int) -> Err
     return errors
 
 
-def save(checkpoint: dict, out: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        torch.save(checkpoint, partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def error_table(errors: Errors) -> Table:
     """Relative errors, one row per stage and weight."""
     table = Table(title="relative error of the fitted weights, |W_plain - W_LORS| / |W_plain|", title_justify="left")
@@ -166,7 +155,7 @@ def main() -> None:
     model = MODELS.build(lors.model)
     errors = convert(weights, model, args.turns)
     meta = {k: meta[k] for k in ("dataset_meta",) if k in meta}
-    save(dict(meta=dict(meta, cfg=lors.pretty_text), state_dict=model.state_dict()), args.out)
+    write_checkpoint(dict(meta=dict(meta, cfg=lors.pretty_text), state_dict=model.state_dict()), args.out)
     console = Console()
     console.print(error_table(errors))
     console.print(f"wrote {args.out}", soft_wrap=True)

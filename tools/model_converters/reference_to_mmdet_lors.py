@@ -1,7 +1,6 @@
 """Turn a checkpoint of the reference AdaMixer or LORS (mmdet 2.x) into one of ours."""
 
 import argparse
-import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.adamixer.reference import DROPPED, convert, settings
 from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 
@@ -145,25 +144,6 @@ def compact(value: Tensor) -> Tensor:
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
-def write(weights: dict[str, Tensor], dst: Path) -> None:
-    """Write a checkpoint to a file beside ``dst``, then rename it: ``dst`` is whole or untouched.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    unfinished = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(dict(state_dict=weights), file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(dst)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{dst} cannot be written: {first_line(error)}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def per_stage(values: list[int]) -> str:
     """One number for all stages where they agree, else one each."""
     return str(values[0]) if len(set(values)) == 1 else str(values)
@@ -196,7 +176,7 @@ def main() -> None:
     weights, dropped = read(args.src)
     found, converted = understand(weights, args.src)
     check(converted, found, args.src, args.config, args.num_classes)
-    write({key: compact(value) for key, value in converted.items()}, args.dst)
+    write_checkpoint(dict(state_dict={key: compact(value) for key, value in converted.items()}), args.dst)
 
     print(f"{args.src} is a {summary(found)}")
     if not any(key.startswith("backbone.") for key in converted):
