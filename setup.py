@@ -17,8 +17,8 @@ setup(
     packages=find_packages(include=["mmdet_lors", "mmdet_lors.*"]),
     python_requires=">=3.10,<3.13",
     install_requires=[
-        "torch>=2.0",
-        "torchvision>=0.15",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "mmcv>=2.0.0,<2.2.0",
         "mmengine>=0.10.0,<1.0.0",
         "mmdet>=3.3.0,<4.0.0",

@@ -1,17 +1,21 @@
 """What tests share: mmdet's registries, a fixed seed, configs small enough for a CPU, a tiny data set."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.structures import InstanceData
+from torch import nn
 
 import mmdet_lors  # noqa: F401
 
@@ -52,6 +56,40 @@ def load_tool(name: str) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def run(*command: str, port: int | None = None) -> subprocess.CompletedProcess:
+    """A command in the project's folder, without a GPU."""
+    env = dict(os.environ, PYTHON=sys.executable, PORT=str(port or 29500), CUDA_VISIBLE_DEVICES="")
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def refused(tool: str, arguments: list[str], monkeypatch, capsys) -> str:
+    """The one line that a tool ends with, in this process."""
+    module = load_tool(tool)
+    monkeypatch.setattr(sys, "argv", [tool, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        module.run(module.main)
+    message = str(stop.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def work(tmp_path) -> list[str]:
+    """--work-dir of a folder that must not come into being."""
+    yield ["--work-dir", str(tmp_path / "work")]
+    assert not (tmp_path / "work").exists(), "a refused run left something behind"
+
+
+def random_lors(model_cfg: dict) -> nn.Module:
+    """A detector in evaluation mode whose LORS parts are all in use."""
+    model = MODELS.build(model_cfg)
+    model.init_weights()
+    for half in (model.decoder.lorsa, model.decoder.lorst):
+        for parameter in half.parameters() if half is not None else ():
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 def data_samples(num_boxes: list[int], size: tuple[int, int], num_classes: int) -> list[DetDataSample]:

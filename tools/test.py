@@ -1,4 +1,4 @@
-"""Evaluate a detector: the entry point behind dist_test.sh and slurm_test.sh."""
+"""Evaluate a detector or a classifier: the entry point behind dist_test.sh and slurm_test.sh."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from mmdet_lors.errors import UserError
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Evaluate a detector.")
+    parser = argparse.ArgumentParser(description="Evaluate a detector or a classifier.")
     add_common_options(parser)
     parser.add_argument("checkpoint", help="checkpoint file")
     parser.add_argument("--out", metavar="FILE.pkl", help="also write the raw predictions to this file")
@@ -46,13 +46,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw(cfg: Config, args: argparse.Namespace) -> None:
-    """Switch the drawing of predictions on."""
+    """Switch the drawing of predictions on.
+
+    Raises:
+        UserError: a model that predicts nothing to be drawn.
+    """
+    if "visualization" not in cfg.default_hooks:
+        raise UserError("--show and --show-dir draw boxes: this config has no default_hooks.visualization")
     hook = dict(type="PicturesHook", draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
     cfg.default_hooks.visualization = dict(hook, test_out_dir=args.show_dir)
 
 
 def augment(cfg: Config) -> None:
-    """Replace the test pipeline by the config's TTA settings, or by plain and flipped images."""
+    """Replace the test pipeline by the config's TTA settings, or by plain and flipped images.
+
+    Raises:
+        UserError: a data set that has no pipeline of detection.
+    """
+    if "pipeline" not in cfg.test_dataloader.dataset:
+        raise UserError("--tta flips images and merges boxes: this config's test data set has no pipeline")
     if "tta_pipeline" not in cfg:
         steps = list(cfg.test_dataloader.dataset.pipeline)
         load, resize = steps[:1], [s for s in steps[1:] if s["type"] == "Resize"]

@@ -1,8 +1,9 @@
-"""Train a detector: the entry point behind dist_train.sh and slurm_train.sh."""
+"""Train a detector or a classifier: the entry point behind dist_train.sh and slurm_train.sh."""
 
 import argparse
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -15,9 +16,15 @@ from mmdet_lors.errors import UserError
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train a detector.")
+    parser = argparse.ArgumentParser(description="Train a detector or a classifier.")
     add_common_options(parser)
-    parser.add_argument("--amp", action="store_true", help="mixed precision (needs a GPU)")
+    parser.add_argument(
+        "--amp",
+        nargs="?",
+        const="auto",
+        choices=["auto", "float16", "bfloat16"],
+        help="mixed precision; auto is float16 with loss scaling on a GPU, bfloat16 on a CPU",
+    )
     parser.add_argument(
         "--auto-scale-lr",
         action="store_true",
@@ -33,14 +40,27 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def use_amp(cfg: Config, dtype: str) -> None:
+    """Switch the optimizer wrapper to mixed precision.
+
+    Raises:
+        UserError: float16 on a CPU.
+    """
+    if torch.cuda.is_available():
+        dtype = "float16" if dtype == "auto" else dtype
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype, loss_scale="dynamic")
+    elif dtype == "float16":
+        raise UserError("--amp float16 needs a GPU; a CPU trains with --amp bfloat16")
+    else:
+        cfg.optim_wrapper.update(type="CPUAmpOptimWrapper")
+
+
 def main() -> None:
     """Check the inputs, then hand over to mmengine's runner."""
     args = parse_args()
     cfg = load_config(args)
     if args.amp:
-        if not torch.cuda.is_available():
-            raise UserError("--amp needs a GPU")
-        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+        use_amp(cfg, args.amp)
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")

@@ -2,3 +2,4 @@ _base_ = "mmdet::_base_/default_runtime.py"
 
 custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best="coco/bbox_mAP"))
+custom_hooks = [dict(type="ServeFoldedHook")]

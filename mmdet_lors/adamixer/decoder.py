@@ -22,10 +22,11 @@ from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST
 
 from .boxes import xyzr_to_xyxy
+from .sampling import BACKENDS, arrange
 
 LORS_FIELDS = {
-    "adaptive": ("rank", "groups", "shared", "shared_init"),
-    "static": ("rank", "groups", "shared"),
+    "adaptive": ("rank", "groups", "shared", "shared_init", "path"),
+    "static": ("rank", "groups", "shared", "path"),
 }
 
 
@@ -73,10 +74,12 @@ class AdaMixerDecoder(BaseModule):
         num_classes: classes, without background.
         featmap_strides: stride of each feature level in pixels.
         stage: config of the stages, all alike.
-        lors: ``dict(adaptive=dict(rank, groups, shared, shared_init), static=dict(rank, groups, shared))``:
+        lors: ``dict(adaptive=dict(rank, groups, shared, shared_init, path), static=dict(rank, groups, shared, path))``:
             'adaptive' makes M and S of all stages with one LORSA, 'static' their output projections with one
             LORST. Either half may be left out; ``rank`` and ``groups`` are one integer or one per stage.
         loss_cls, loss_bbox, loss_iou: losses of every stage.
+        sampling: back end of 3D sampling, see :func:`mmdet_lors.adamixer.sampling.arrange`.
+        compile: compile every stage with ``torch.compile``, as one graph each; a dict holds its arguments.
         train_cfg: ``dict(assigner=...)``, a Hungarian assigner; its match costs are used.
         test_cfg: ``dict(max_per_img=...)``.
 
@@ -94,11 +97,16 @@ class AdaMixerDecoder(BaseModule):
         loss_bbox: dict,
         loss_iou: dict,
         lors: dict | None = None,
+        sampling: str = "auto",
+        compile: bool | dict = False,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if sampling not in ("auto", *BACKENDS):
+            raise UserError(f"decoder.sampling must be one of auto, {', '.join(BACKENDS)}, got {sampling!r}")
+        self.sampling = sampling
         self.num_classes, self.featmap_strides = num_classes, list(featmap_strides)
         self.max_per_img = (test_cfg or {}).get("max_per_img", 100)
         self.assigner = TASK_UTILS.build(train_cfg["assigner"]) if train_cfg else None
@@ -116,6 +124,9 @@ class AdaMixerDecoder(BaseModule):
             own_out_proj="static" not in halves,
         )
         self.stages = ModuleList(MODELS.build(stage) for _ in range(num_stages))
+        if compile:
+            for built in self.stages:
+                built.compile(fullgraph=True, **(compile if isinstance(compile, dict) else {}))
         mixing = self.stages[0].mixing
         content_dim = mixing.norm.normalized_shape[0]
         self.lorsa, self.lorst = None, None
@@ -157,11 +168,14 @@ class AdaMixerDecoder(BaseModule):
             raise UserError(
                 f"decoder.featmap_strides has {len(self.featmap_strides)} entries for {len(feats)} feature levels"
             )
+        pyramid = arrange(feats, self.featmap_strides, self.stages[0].mixing.copies, self.sampling)
+        generator = self.lorsa and self.lorsa.begin(content.shape[:2].numel())
+        projection = self.lorst and self.lorst.begin()
         outputs = []
         for i, stage in enumerate(self.stages):
-            generate = self.lorsa and partial(self.lorsa, layer=i)
-            project = self.lorst and partial(self.lorst, layer=i)
-            cls_score, xyzr, content = stage(feats, xyzr, content, self.featmap_strides, generate, project)
+            generate = self.lorsa and partial(self.lorsa, layer=i, shared=generator)
+            project = self.lorst and partial(self.lorst, layer=i, shared=projection)
+            cls_score, xyzr, content = stage(pyramid, xyzr, content, generate, project)
             outputs.append(StageOutput(cls_score, xyzr, xyzr_to_xyxy(xyzr), content))
             xyzr = xyzr.detach()
         return outputs

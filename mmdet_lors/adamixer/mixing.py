@@ -2,29 +2,45 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet_lors.lors import AdaptiveWeights
+from mmdet_lors.lors.adaptive import FactoredWeight
+from mmdet_lors.lors.recompute import recompute
 
-Generator = Callable[[Tensor], list[Tensor]]
+Weight = Tensor | FactoredWeight
+Generator = Callable[[Tensor], list[Weight]]
 Projection = Callable[[Tensor], Tensor]
 
 
-def adaptive_channel_mixing(x: Tensor, M: Tensor) -> Tensor:
-    """ACM: ReLU(LN(X M)). x (..., P_in, C), M (..., C, C); the LayerNorm spans the last two dims, no affine."""
-    x = x @ M
+def norm_relu(x: Tensor) -> Tensor:
+    """ReLU(LN(x)); the LayerNorm spans the last two dims together and has no affine part."""
     return F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
 
 
-def adaptive_spatial_mixing(x: Tensor, S: Tensor) -> Tensor:
-    """ASM: ReLU(LN(S X)). x (..., P_in, C), S (..., P_out, P_in) -> (..., P_out, C); LayerNorm as in ACM."""
-    x = S @ x
-    return F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
+def adaptive_channel_mixing(x: Tensor, M: Weight) -> Tensor:
+    """ACM before its norm and ReLU: X M. x (..., P_in, C), M (..., C, C)."""
+    return x @ M
+
+
+def adaptive_spatial_mixing(x: Tensor, S: Weight) -> Tensor:
+    """ACM's norm and ReLU, then ASM before its own: S ReLU(LN(x)). x (..., P_in, C) -> (..., P_out, C)."""
+    return S @ norm_relu(x)
+
+
+def project_out(x: Tensor, project: Projection) -> Tensor:
+    """ASM's norm and ReLU, then W_out flatten(ReLU(LN(x))). x (B, N, G, P_out, C) -> (B, N, d)."""
+    return project(norm_relu(x).flatten(2))
 
 
 class AdaptiveMixing(nn.Module):
     """q <- LN(q + W_out flatten(ASM(ACM(x)))), with M and S generated from q.
+
+    ACM(X) = ReLU(LN(X M)) and ASM(X) = ReLU(LN(S X)). The three steps below are cut before each norm: a norm and its
+    ReLU cost little next to the products, so that the backward pass computes them again instead of keeping them, where
+    there are more queries than content dims; with fewer, the generator outweighs what it generates.
 
     M, S and W_out are a stage's own, or come from the LORS modules of the whole stack: the mixing is the same.
 
@@ -70,7 +86,13 @@ class AdaptiveMixing(nn.Module):
         Returns:
             The new content (B, N, d).
         """
-        M, S = (generate or self.parameter_generator)(query)
+        generate = self.parameter_generator if generate is None else generate
+        project = self.out_proj if project is None else project
+        M, S = generate(query)
         x = adaptive_channel_mixing(x, M)
-        x = adaptive_spatial_mixing(x, S)
-        return self.norm(query + (project or self.out_proj)(x.flatten(2)))
+        if torch.is_grad_enabled() and query.shape[:2].numel() > query.shape[-1]:
+            x = recompute(adaptive_spatial_mixing, x, S)
+            x = recompute(project_out, x, project)
+        else:
+            x = project_out(adaptive_spatial_mixing(x, S), project)
+        return self.norm(query + x)

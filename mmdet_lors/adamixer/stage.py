@@ -1,7 +1,5 @@
 """One decoder stage: self-attention, sampling, mixing, FFN, and the two heads."""
 
-from collections.abc import Sequence
-
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet.registry import MODELS
@@ -12,7 +10,8 @@ from mmdet_lors.errors import UserError
 
 from .boxes import log_iof, position_encoding, refine_xyzr
 from .mixing import AdaptiveMixing, Generator, Projection
-from .sampling import AdaptiveSampling
+from .precision import full_precision
+from .sampling import AdaptiveSampling, Pyramid
 
 
 def branch(dim: int, num_fcs: int, out: int) -> nn.Sequential:
@@ -45,6 +44,8 @@ class QuerySelfAttention(nn.MultiheadAttention):
 @MODELS.register_module()
 class AdaMixerDecoderStage(BaseModule):
     """One stage of AdaMixer's decoder; refines every query's content and position.
+
+    Under autocast, positions, IoF, offsets, sampling and both heads stay in float32.
 
     Args:
         num_classes: classes, without background.
@@ -116,28 +117,26 @@ class AdaMixerDecoderStage(BaseModule):
 
     def forward(
         self,
-        feats: Sequence[Tensor],
+        pyramid: Pyramid,
         xyzr: Tensor,
         content: Tensor,
-        strides: Sequence[int],
         generate: Generator | None = None,
         project: Projection | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Refine the queries once.
 
         Args:
-            feats: L levels (B, G * C, H_l, W_l).
+            pyramid: feature levels as :func:`arrange` returns them.
             xyzr: positions (B, N, 4), detached.
             content: (B, N, d).
-            strides: stride of each level in pixels.
             generate, project: where M, S and W_out come from; see :class:`AdaptiveMixing`.
 
         Returns:
             Class logits (B, N, num_classes), refined positions (B, N, 4), content (B, N, d).
         """
         content = self.attention_norm(self.attention(content, xyzr))
-        sampled = self.sampling(feats, content, xyzr, strides)
+        sampled = self.sampling(pyramid, content, xyzr)
         content = self.mixing(sampled, content, generate, project)
         content = self.ffn_norm(self.ffn(content))
-        delta = self.reg_branch(content).to(xyzr.dtype)
-        return self.cls_branch(content), refine_xyzr(xyzr, delta), content
+        delta = full_precision(self.reg_branch, content)
+        return full_precision(self.cls_branch, content), refine_xyzr(xyzr, delta), content

@@ -224,10 +224,17 @@ def component(name: str) -> str:
 
 
 def count_operations(model: QueryBased, size: tuple[int, int]) -> OperationCounter:
-    """Run a detector on the meta device for one image of (W, H) pixels, and count."""
+    """Run a detector on the meta device for one image of (W, H) pixels, and count.
+
+    LORS is applied query by query, as the paper does it; its other paths need no more operations than that.
+    """
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
     width, height = (math.ceil(side / divisor) * divisor for side in size)
     # With gradients on, PyTorch's fused inference path for attention, which hides its operations, stays off.
+    decoder = model.decoder
+    for half, path in ((decoder.lorsa, "weights"), (decoder.lorst, "features")):
+        if half is not None:
+            half.path = path
     with OperationCounter(model).named() as counter, torch.enable_grad():
         model._forward(torch.empty(1, 3, height, width, device="meta"))
     return counter
@@ -267,9 +274,3 @@ def measure(model_cfg: dict, size: tuple[int, int] | None = (1280, 800)) -> Repo
         parts={label: cost for label, cost in costs.items() if not label.startswith("decoder.") and cost != Cost()},
         components={label: costs["decoder." + label] for label in COMPONENTS if "decoder." + label in costs},
     )
-
-
-def folded(model_cfg: dict) -> dict | None:
-    """The model as it is served: LORS folded into a plain decoder of the same groups and points; None without LORS."""
-    decoder = model_cfg["decoder"]
-    return dict(model_cfg, decoder=dict(decoder, lors=None)) if decoder.get("lors") else None

@@ -1,4 +1,4 @@
-"""Tables 1 to 8 of the LORS paper as data, and as Markdown with our counts beside the paper's.
+"""Tables 1 to 8 of the LORS paper as data, and all its tables as Markdown with our counts beside the paper's.
 
 A row names the config that builds it. AP is the paper's: this project counts, it did not train on COCO.
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.lors import LORSA, LORST
 
-from .complexity import COMPONENTS, Report, folded, measure
+from . import appendix_tables
+from .complexity import COMPONENTS, Report, measure
 
 COMMAND = "python tools/analysis_tools/model_report.py --paper > docs/paper_tables.md"
 
@@ -294,6 +296,7 @@ class Counts:
     """
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self._model = cache(
             lambda config: json.dumps(Config.fromfile(root / "configs" / f"{config}.py").model.to_dict())
         )
@@ -312,7 +315,7 @@ class Counts:
 
     def folded(self, config: str) -> Report:
         """The report of a config with LORS, served folded."""
-        return self._measure(json.dumps(folded(json.loads(self._model(config)))))
+        return self._measure(json.dumps(folded_config(json.loads(self._model(config)))))
 
 
 def per_layer(kind: str, rank: int) -> tuple[float, float]:
@@ -471,4 +474,4 @@ def markdown(counts: Counts) -> str:
         lines += _table(table, counts, numbers)
     lines += ["## Why rows differ", ""]
     lines += [f"[{numbers[key]}] {text.format(**figures, n=numbers)}\n" for key, text in REASONS.items()]
-    return "\n".join([*lines, *_operations(counts)])
+    return "\n".join([*lines, *_operations(counts), *appendix_tables.markdown(counts.root)])

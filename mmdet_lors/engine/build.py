@@ -1,5 +1,7 @@
 """Building a model without its weights: to check a config, or to count."""
 
+from copy import deepcopy
+
 from mmdet.registry import MODELS
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -25,8 +27,9 @@ def build_without_weights(model_cfg: dict) -> nn.Module:
     """
     try:
         with _SkipInitialisation():
+            # A copy: mmdet's DETRs write into their config, which could not be built again.
             # Not torch.device("meta"): Swin reads values of small tensors while it is built.
-            return MODELS.build(model_cfg).to("meta")
+            return MODELS.build(deepcopy(model_cfg)).to("meta")
     except (KeyError, TypeError) as error:
         reason = str(error.args[0]).splitlines()[0] if error.args else type(error).__name__
         raise UserError(f"config's model cannot be built: {reason}") from error

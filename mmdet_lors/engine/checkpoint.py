@@ -27,8 +27,6 @@ def allow_mmengine_objects() -> None:
     That is the log history (``HistoryBuffer``) and the numpy scalars and arrays in it. Without this, torch >= 2.6
     refuses to resume from or test mmengine's own checkpoints.
     """
-    if not hasattr(torch.serialization, "add_safe_globals"):
-        return
     reconstruct_array, reconstruct_scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     torch.serialization.add_safe_globals(

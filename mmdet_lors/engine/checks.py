@@ -28,7 +28,7 @@ def _leaf_datasets(dataset: dict) -> Iterator[dict]:
 
 
 def _num_classes(node: dict, path: str) -> Iterator[tuple[str, int]]:
-    """(where, value) of every ``num_classes`` of a detection head in a model config."""
+    """(where, value) of every ``num_classes`` of a detection head or classifier in a model config."""
     for key, value in node.items():
         if key == "num_classes" and isinstance(value, int):
             yield f"{path}.{key}", value
@@ -59,7 +59,7 @@ def read_annotations(path: Path) -> dict:
 
 
 def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
-    """Check one COCO-format data set: annotation file, categories, image folder.
+    """Check one data set: one of COCO's format, or one whose class has a ``check(**fields)`` of its own.
 
     Args:
         dataset: its config.
@@ -72,8 +72,18 @@ def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
         UserError: what is missing or does not fit, and how to mend it.
     """
     dataset_class = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
-    if "CocoDataset" not in [c.__name__ for c in dataset_class.__mro__]:
-        return None
+    if hasattr(dataset_class, "check"):
+        try:
+            return dataset_class.check(**{key: value for key, value in dataset.items() if key != "type"})
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    if "CocoDataset" in [c.__name__ for c in dataset_class.__mro__]:
+        return _check_coco(dataset, dataset_class, where)
+    return None
+
+
+def _check_coco(dataset: dict, dataset_class: type, where: str) -> tuple[str, ...]:
+    """The classes of a COCO-format data set whose annotation file, categories and image folder are there."""
     root = Path(dataset.get("data_root") or "")
     annotations = root / dataset["ann_file"]
     images = root / dataset.get("data_prefix", {}).get("img", "")
@@ -99,6 +109,17 @@ def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
     return classes
 
 
+def _checkpoints(node: dict, path: str) -> Iterator[tuple[str, str]]:
+    """(where, file) of every ``init_cfg`` in a model config that loads a file."""
+    for key, value in node.items():
+        for i, item in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(item, dict):
+                where = f"{path}.{key}[{i}]" if isinstance(value, (list, tuple)) else f"{path}.{key}"
+                if key == "init_cfg" and isinstance(item.get("checkpoint"), str):
+                    yield f"{where}.checkpoint", item["checkpoint"]
+                yield from _checkpoints(item, where)
+
+
 def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
     """Check what a run of this config reads.
 
@@ -107,15 +128,30 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
         splits: which of 'train', 'val' and 'test' the run uses.
 
     Raises:
-        UserError: see :func:`check_dataset`; also a ``num_classes`` that does not match the data.
+        UserError: see :func:`check_dataset`; also a ``num_classes`` that does not match the data, data sets of
+            different classes, and, to train, a file of weights to start from that does not exist.
     """
+    if "train" in splits:
+        for where, checkpoint in _checkpoints(cfg.model, "model"):
+            if "://" not in checkpoint and not Path(checkpoint).is_file():
+                raise UserError(f"{where}: file {checkpoint} does not exist")
+    known: tuple[str, tuple[str, ...]] | None = None
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         if loader is None:
             continue
         for dataset in _leaf_datasets(loader["dataset"]):
             classes = check_dataset(dataset, f"{split}_dataloader")
-            for where, num_classes in _num_classes(cfg.model, "model") if classes else ():
+            if not classes:
+                continue
+            known = known or (split, classes)
+            if classes != known[1]:
+                other = next((c for c in classes if c not in known[1]), None)
+                raise UserError(
+                    f"{split}_dataloader's {len(classes)} classes are not {known[0]}_dataloader's {len(known[1])}"
+                    + (f", which do not have {other!r}" if other else "")
+                )
+            for where, num_classes in _num_classes(cfg.model, "model"):
                 if num_classes != len(classes):
                     raise UserError(
                         f"{where} is {num_classes}, but {split}_dataloader's data set has {len(classes)} classes"

@@ -1,4 +1,4 @@
-"""Pictures of predictions."""
+"""Hooks of a run: serving LORS folded while it is evaluated, and pictures of predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,10 @@ from mmdet.engine.hooks import DetVisualizationHook
 from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import scale_boxes
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
+
+from mmdet_lors.lors.serving import serve
 
 MIN_SIDE = 400
 """Longer side, in pixels, below which an image is enlarged: labels would cover it otherwise."""
@@ -25,6 +28,29 @@ def enlarged(image: np.ndarray, sample: DetDataSample) -> tuple[np.ndarray, DetD
         if instances is not None:
             instances.bboxes = scale_boxes(instances.bboxes, (factor, factor))
     return mmcv.imrescale(image, factor), sample
+
+
+@HOOKS.register_module()
+class ServeFoldedHook(Hook):
+    """Validation and tests run with LORS folded: at plain AdaMixer's speed, with its memory, the weights untouched."""
+
+    priority = "VERY_LOW"
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Fold, after hooks that swap weights for the evaluation (EMA)."""
+        serve(runner.model)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Drop what was folded."""
+        serve(runner.model, False)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Fold."""
+        serve(runner.model)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Drop what was folded."""
+        serve(runner.model, False)
 
 
 @HOOKS.register_module()

@@ -41,7 +41,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """The config with the command line's settings in it, ready for this machine.
 
     Raises:
-        UserError: a config file that is missing or broken.
+        UserError: a config file that is missing or broken, or settings that do not fit it.
     """
     if not Path(args.config).is_file():
         raise UserError(f"config {args.config} does not exist")
@@ -50,7 +50,10 @@ def load_config(args: argparse.Namespace) -> Config:
     except (SyntaxError, OSError, KeyError, TypeError, NameError) as error:
         raise UserError(f"config {args.config} cannot be read: {error}") from error
     if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"--cfg-options does not fit config {args.config}: {error.args[0]}") from error
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
     register_all_modules(init_default_scope=False)

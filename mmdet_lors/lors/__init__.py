@@ -1,6 +1,7 @@
 """Low-rank residual structure (LORS) as plain PyTorch modules. Nothing in this folder needs more than torch."""
 
 from .adaptive import LORSA, AdaptiveWeights
+from .stack import fold_stack, plain_stack, share_stack
 from .static import LORST
 
-__all__ = ["LORSA", "LORST", "AdaptiveWeights"]
+__all__ = ["LORSA", "LORST", "AdaptiveWeights", "fold_stack", "plain_stack", "share_stack"]

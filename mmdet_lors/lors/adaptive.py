@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocation import PerLayer, allocation
+from .recompute import recompute
+from .serving import Servable
+from .shared_linear import SharedWeight
 
 Shape = tuple[int, int]
+Block = tuple[Tensor, Tensor]
+"""One shape's part of a generator: weight (copies, rows * cols, query_dim) and bias (copies, rows * cols)."""
 
 
 def split(flat: Tensor, shapes: Sequence[Shape], copies: int) -> list[Tensor]:
@@ -44,8 +50,39 @@ class AdaptiveWeights(nn.Linear):
         """(..., query_dim) -> one (..., copies, rows, cols) per shape."""
         return split(super().forward(query), self.shapes, self.copies)
 
+    def blocks(self) -> list[Block]:
+        """Views of weight and bias, one block per shape."""
+        sizes = [rows * cols for rows, cols in self.shapes]
+        weights, biases = (p.unflatten(0, (self.copies, -1)).split(sizes, dim=1) for p in (self.weight, self.bias))
+        return list(zip(weights, biases, strict=True))
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, shapes={self.shapes}, copies={self.copies}"
+
+
+class FactoredWeight(NamedTuple):
+    r"""W = W_shared + sum_k B^k E^k A^k, multiplied factor by factor: the private sum is never formed."""
+
+    shared: Tensor | None
+    """(..., copies, rows, cols)."""
+    B: Tensor
+    """(copies, rows, K, r)."""
+    E: Tensor
+    """(..., copies, K, r, r)."""
+    A: Tensor
+    """(copies, K, r, cols)."""
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """W x. (..., copies, cols, p) -> (..., copies, rows, p)."""
+        Ax = torch.einsum("gksj,...gjp->...gksp", self.A, x)
+        private = torch.einsum("gikr,...gkrp->...gip", self.B, self.E @ Ax)
+        return private if self.shared is None else self.shared @ x + private
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """x W. (..., copies, p, rows) -> (..., copies, p, cols)."""
+        xB = torch.einsum("...gpi,gikr->...gkpr", x, self.B)
+        private = torch.einsum("...gkps,gksj->...gpj", xB @ self.E, self.A)
+        return private if self.shared is None else x @ self.shared + private
 
 
 class PrivateLORSA(nn.Module):
@@ -80,22 +117,59 @@ class PrivateLORSA(nn.Module):
             nn.init.uniform_(B, -bound_B, bound_B)
             nn.init.uniform_(A, -bound_A, bound_A)
 
-    def compose(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        """Cores E, one (n, copies * K, r, r) per shape -> sum_k B E A, one (n, copies, rows, cols) per shape."""
+    def forward(self, query: Tensor, shared: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """sum_k B E(q) A, added to ``shared`` if given. (..., query_dim) -> one (..., copies, rows, cols) per shape."""
         weights = []
-        for B, E, A in zip(self.B, cores, self.A, strict=True):
-            B = B.unflatten(-1, (self.groups, self.rank))
-            E = E.unflatten(1, (self.copies, self.groups))
-            BE = torch.einsum("gikr,ngkrs->ngiks", B, E).flatten(-2)
-            weights.append(torch.einsum("ngip,gpj->ngij", BE, A))
+        for s, factors in enumerate(self.factored(query)):
+            EA = (factors.E @ factors.A).flatten(-3, -2)  # (..., copies, K * r, cols)
+            B = self.B[s]
+            if shared is None:
+                weights.append(B @ EA)
+                continue
+            batch = EA.shape[:-2]
+            weight = torch.baddbmm(shared[s].flatten(0, -3), B.expand(*batch, -1, -1).flatten(0, -3), EA.flatten(0, -3))
+            weights.append(weight.unflatten(0, batch))
         return weights
 
-    def forward(self, query: Tensor) -> list[Tensor]:
-        """(n, query_dim) -> one (n, copies, rows, cols) per shape."""
-        return self.compose(self.E(query))
+    def factored(self, query: Tensor, shared: Sequence[Tensor] | None = None) -> list[FactoredWeight]:
+        """(..., query_dim) -> one :class:`FactoredWeight` per shape, beside ``shared`` (..., copies, rows, cols)."""
+        return [
+            FactoredWeight(
+                shared and shared[s],
+                self.B[s].unflatten(-1, (self.groups, self.rank)),
+                E.unflatten(-3, (self.copies, self.groups)),
+                self.A[s].unflatten(1, (self.groups, self.rank)),
+            )
+            for s, E in enumerate(self.E(query))
+        ]
+
+    def fold(self, index: int, shared: Block | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one Linear that generates the matrices of shape ``index``, shared part and all.
+
+        Every column of E's weight, and its bias, is a core of its own: between B and A it gives the matching column
+        of the folded weight. The columns stay the last, contiguous dim.
+
+        Args:
+            index: which of the shapes.
+            shared: that shape's part of the shared generator, see :meth:`AdaptiveWeights.blocks`.
+
+        Returns:
+            (copies * rows * cols, query_dim) and (copies * rows * cols,).
+        """
+        B, A = self.B[index], self.A[index].unflatten(1, (self.groups, self.rank)).flatten(0, 1)
+        folded = []
+        for cores, common in zip(self.E.blocks()[index], shared or (None, None), strict=True):
+            E = cores.reshape(len(A), self.rank, self.rank, -1)  # (copies * K, r, r, columns)
+            EA = A.mT.unsqueeze(1) @ E  # (copies * K, r, cols, columns)
+            EA = EA.reshape(self.copies, self.groups * self.rank, -1)
+            if common is None:
+                folded.append(B @ EA)
+            else:
+                folded.append(torch.baddbmm(common.reshape(self.copies, B.shape[1], -1), B, EA))
+        return folded[0].view(-1, self.E.in_features), folded[1].flatten()
 
 
-class LORSA(nn.Module):
+class LORSA(Servable):
     r"""Query-generated weights for each of S stacked layers that share most of the generator.
 
     .. math:: W_i(q) = W^{shared}(q) + \sum_{k=1}^{K_i} B_i^k\, E_i^k(q)\, A_i^k
@@ -115,13 +189,17 @@ class LORSA(nn.Module):
         shared: ``False`` drops the shared generator (the ablation "private only").
         shared_init: 'zeros' or 'kaiming' for the shared generator's weight. The paper says Kaiming, the code
             that produced its numbers starts from zero; the default follows the code.
+        path: how the private part is applied, all equal: 'weights' builds B E A for every query and adds it (released
+            code); 'features' multiplies the features by the factors one after the other; 'fold' adds the private part
+            to the generator, once for all queries; 'auto' takes the cheaper of the first and the last.
 
     Raises:
-        ValueError: a list of the wrong length, a rank below 1, an unknown ``shared_init``, or a layer left
+        ValueError: a list of the wrong length, a rank below 1, an unknown ``shared_init`` or ``path``, or a layer left
             without any weight.
     """
 
     SHARED_INITS = ("zeros", "kaiming")
+    PATHS = ("auto", "weights", "features", "fold")
 
     def __init__(
         self,
@@ -133,11 +211,16 @@ class LORSA(nn.Module):
         groups: PerLayer = 1,
         shared: bool = True,
         shared_init: str = "zeros",
+        path: str = "auto",
     ) -> None:
         super().__init__()
         if shared_init not in self.SHARED_INITS:
             raise ValueError(f"shared_init must be one of {', '.join(self.SHARED_INITS)}, got {shared_init!r}")
-        self.shared_init, self.shapes, self.copies = shared_init, [tuple(s) for s in shapes], copies
+        if path not in self.PATHS:
+            raise ValueError(f"path must be one of {', '.join(self.PATHS)}, got {path!r}")
+        self.shared_init, self.path = shared_init, path
+        self.query_dim, self.num_layers = query_dim, num_layers
+        self.shapes, self.copies = [tuple(s) for s in shapes], copies
         self.shared = AdaptiveWeights(query_dim, shapes, copies) if shared else None
         self.private = nn.ModuleList(
             PrivateLORSA(query_dim, shapes, copies, r, k) if k else None
@@ -161,37 +244,76 @@ class LORSA(nn.Module):
                 if self.shared is None:
                     private.E.reset_parameters()
 
-    def forward(self, query: Tensor, layer: int) -> list[Tensor]:
-        """W_i(q). (..., query_dim) -> one (..., copies, rows, cols) per shape.
+    def chosen_path(self, num_queries: int) -> str:
+        """The path for this many queries on the device.
 
-        B E A costs the same for a query as for a column of the folded generator, of which there are m + 1: with more
-        queries than that, training folds first.
+        B E A costs as much for a query as for a column of the folded generator, of which there are m + 1. Multiplying
+        the features instead never needs fewer multiply-adds at AdaMixer's shapes.
         """
-        lead, query = query.shape[:-1], query.flatten(0, -2)
-        private = self.private[layer]
+        if self.path != "auto":
+            return self.path
+        return "fold" if num_queries > self.query_dim + 1 else "weights"
+
+    def begin(self, num_queries: int) -> SharedWeight | list[Block] | None:
+        """The shared generator for one pass through all layers, whose gradients for it then add up in one place.
+
+        Blocks for the path 'fold', the weight as one for the others.
+        """
+        if self.shared is None:
+            return None
+        return self.shared.blocks() if self.chosen_path(num_queries) == "fold" else SharedWeight(self.shared.weight)
+
+    def forward(
+        self, query: Tensor, layer: int, shared: SharedWeight | list[Block] | None = None
+    ) -> list[Tensor] | list[FactoredWeight]:
+        """W_i(q). (..., query_dim) -> one (..., copies, rows, cols) per shape; both kinds multiply with ``@``.
+
+        Args:
+            query: q.
+            layer: i.
+            shared: what :meth:`begin` returned for this many queries, for a caller that goes through all layers.
+        """
+        if self.folded is not None:
+            return [self._reshape(F.linear(query, *pair), s) for s, pair in enumerate(self.folded[layer])]
+        num_queries = query.shape[:-1].numel()
+        private, path, shared = self.private[layer], self.chosen_path(num_queries), shared or self.begin(num_queries)
+        if path == "fold" and private is not None:
+            blocks = shared or [None] * len(self.shapes)
+            return [
+                self._reshape(recompute(self._generate, query, private, s, block), s) for s, block in enumerate(blocks)
+            ]
+        common = None
+        if isinstance(shared, SharedWeight):
+            common = split(shared.linear(query, self.shared.bias), self.shapes, self.copies)
+        elif self.shared is not None:
+            common = self.shared(query)
         if private is None:
-            weights = self.shared(query)
-        elif self.training and len(query) > query.shape[1] + 1:
-            weights = split(F.linear(query, *self.fold(layer)), self.shapes, self.copies)
-        elif self.shared is None:
-            weights = private(query)
-        else:
-            weights = [w + d for w, d in zip(self.shared(query), private(query), strict=True)]
-        return [w.unflatten(0, lead) for w in weights]
+            return common
+        return private.factored(query, common) if path == "features" else private(query, common)
+
+    @staticmethod
+    def _generate(query: Tensor, private: PrivateLORSA, index: int, shared: Block | None) -> Tensor:
+        return F.linear(query, *private.fold(index, shared))
+
+    def _reshape(self, flat: Tensor, index: int) -> Tensor:
+        return flat.unflatten(-1, (self.copies, *self.shapes[index]))
+
+    def fold_for_serving(self, layer: int) -> list[Block]:
+        """Weight (copies * rows * cols, query_dim) and bias of the Linear that generates W_i, one pair per shape."""
+        private = self.private[layer]
+        blocks = self.shared.blocks() if self.shared is not None else [None] * len(self.shapes)
+        if private is None:
+            return [(w.detach().flatten(0, 1), b.detach().flatten()) for w, b in blocks]
+        return [private.fold(s, block) for s, block in enumerate(blocks)]
 
     def fold(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one Linear that generates W_i: W_i(q) is affine in q, hence so is its sum.
+        """Weight and bias of the one AdaptiveWeights that generates what layer i does: W_i(q) is affine in q.
 
-        Every column of E_i's weight, and its bias, is a core of its own: composing it with B and A gives the
-        matching column of the folded weight. (copies * sum(rows * cols), query_dim) and (copies * sum(rows * cols),).
+        (copies * sum(rows * cols), query_dim) and (copies * sum(rows * cols),).
         """
-        private = self.private[layer]
-        if private is None:
+        if self.private[layer] is None:
             return self.shared.weight, self.shared.bias
-        columns = torch.cat([private.E.weight.T, private.E.bias[None]])
-        composed = private.compose(split(columns, private.E.shapes, private.E.copies))
-        flat = torch.cat([w.flatten(-2) for w in composed], dim=-1).flatten(-2)
-        weight, bias = flat[:-1].T, flat[-1]
-        if self.shared is None:
-            return weight, bias
-        return self.shared.weight + weight, self.shared.bias + bias
+        parts = zip(*self.fold_for_serving(layer), strict=True)
+        return tuple(
+            torch.cat([p.unflatten(0, (self.copies, -1)) for p in part], dim=1).flatten(0, 1) for part in parts
+        )

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocation import PerLayer, allocation
+from .serving import Servable
+from .shared_linear import SharedWeight
 
 
 class LowRankResidual(nn.Module):
@@ -28,16 +30,12 @@ class LowRankResidual(nn.Module):
         nn.init.kaiming_uniform_(self.A)
         nn.init.zeros_(self.B)
 
-    def weight(self) -> Tensor:
-        """B A, (out_features, in_features)."""
-        return self.B @ self.A
-
     def forward(self, x: Tensor) -> Tensor:
         """(x A^T) B^T, without forming B A. (..., in_features) -> (..., out_features)."""
         return F.linear(F.linear(x, self.A), self.B)
 
 
-class LORST(nn.Module):
+class LORST(Servable):
     r"""A linear map for each of S stacked layers that share most of their weight.
 
     .. math:: W_i = W^{shared} + \sum_{k=1}^{K_i} B_i^k A_i^k, \qquad y = x W_i^T + b_i
@@ -53,10 +51,14 @@ class LORST(nn.Module):
         groups: K, one for all layers or one per layer; 0 gives a layer the shared weight alone.
         shared: ``False`` drops W_shared (the ablation "private only").
         bias: whether each layer has a bias of its own.
+        path: how the private part is applied, both equal: 'features' computes (x A^T) B^T, 'fold' adds B A to the
+            shared weight; 'auto' takes the cheaper one.
 
     Raises:
-        ValueError: a list of the wrong length, a rank below 1, or a layer left without any weight.
+        ValueError: a list of the wrong length, a rank below 1, an unknown ``path``, or a layer left without any weight.
     """
+
+    PATHS = ("auto", "features", "fold")
 
     def __init__(
         self,
@@ -67,8 +69,12 @@ class LORST(nn.Module):
         groups: PerLayer = 1,
         shared: bool = True,
         bias: bool = True,
+        path: str = "auto",
     ) -> None:
         super().__init__()
+        if path not in self.PATHS:
+            raise ValueError(f"path must be one of {', '.join(self.PATHS)}, got {path!r}")
+        self.path = path
         self.in_features, self.out_features, self.num_layers = in_features, out_features, num_layers
         self.shared = nn.Parameter(torch.empty(out_features, in_features)) if shared else None
         self.private = nn.ModuleList(
@@ -88,26 +94,55 @@ class LORST(nn.Module):
         for bias in self.bias or ():
             nn.init.zeros_(bias)
 
+    def chosen_path(self, num_inputs: int) -> str:
+        """The path for this many rows of x.
+
+        B A costs out * in multiply-adds per unit of rank, whatever comes in; (x A^T) B^T costs in + out per row.
+        """
+        if self.path != "auto":
+            return self.path
+        break_even = self.in_features * self.out_features / (self.in_features + self.out_features)
+        return "fold" if num_inputs > break_even else "features"
+
     def fold(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """W_i and b_i: the plain Linear that layer i is equal to."""
         private = self.private[layer]
         if private is None:
             weight = self.shared
         elif self.shared is None:
-            weight = private.weight()
+            weight = private.B @ private.A
         else:
-            weight = self.shared + private.weight()
+            weight = torch.addmm(self.shared, private.B, private.A)
         return weight, self.bias[layer] if self.bias is not None else None
 
-    def forward(self, x: Tensor, layer: int) -> Tensor:
-        """x W_i^T + b_i. (..., in_features) -> (..., out_features)."""
+    def fold_for_serving(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.fold(layer)
+        return weight.detach(), None if bias is None else bias.detach()
+
+    def begin(self) -> SharedWeight | None:
+        """W_shared for one pass through all layers, whose gradients for it then add up in one place."""
+        return None if self.shared is None else SharedWeight(self.shared)
+
+    def forward(self, x: Tensor, layer: int, shared: SharedWeight | None = None) -> Tensor:
+        """x W_i^T + b_i. (..., in_features) -> (..., out_features).
+
+        Args:
+            x: the layer's input.
+            layer: i.
+            shared: what :meth:`begin` returned, for a caller that goes through all layers.
+        """
+        if self.folded is not None:
+            return F.linear(x, *self.folded[layer])
         private, bias = self.private[layer], self.bias[layer] if self.bias is not None else None
+        if private is not None and self.chosen_path(x.shape[:-1].numel()) == "fold":
+            return F.linear(x, *self.fold(layer))
+        shared = shared or self.begin()
         if private is None:
-            return F.linear(x, self.shared, bias)
-        if self.shared is None:
+            return shared.linear(x, bias)
+        if shared is None:
             out = private(x)
             return out if bias is None else out + bias
-        return F.linear(x, self.shared, bias) + private(x)
+        return shared.linear(x, bias, private.A, private.B)
 
     def extra_repr(self) -> str:
         shared = self.shared is not None

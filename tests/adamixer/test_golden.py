@@ -14,7 +14,7 @@ from torch import nn
 
 from mmdet_lors.adamixer.boxes import position_encoding
 from mmdet_lors.adamixer.reference import DROPPED, convert, rename
-from mmdet_lors.adamixer.sampling import AdaptiveSampling, sample_3d
+from mmdet_lors.adamixer.sampling import AdaptiveSampling, arrange, sample_3d
 
 OPERATOR, STAGE = 1e-9, 1e-8
 DATA = Path(__file__).parents[1] / "data"
@@ -94,15 +94,17 @@ def test_position_encoding(name):
     assert relative_error(encoding, golden["op_pe"]) < OPERATOR
 
 
+@pytest.mark.parametrize("backend", ["grid_sample", "embedding_bag"])
 @pytest.mark.parametrize("name", NAMES)
-def test_sampling(name):
+def test_sampling(name, backend):
     golden, model = load(name)
     expected, sampling = golden["op_sampling"], model.decoder.stages[0].sampling
     content, xyzr = golden["query_content"], golden["query_xyzr"]
     assert relative_error(sampling.offset(content), expected["offset"]) < OPERATOR
     points = sampling.points(content, xyzr)
     assert relative_error(points.flatten(2, 3)[:, :, None], expected["sample_points"]) < OPERATOR
-    sampled = sample_3d(golden["feats"], points, golden["featmap_strides"])
+    pyramid = arrange(golden["feats"], golden["featmap_strides"], golden["params"]["groups"], backend)
+    sampled = sample_3d(pyramid, points)
     assert relative_error(sampled, expected["sampled"]) < OPERATOR
 
 

@@ -34,6 +34,41 @@ def test_forward_equals_the_folded_linear(shared, bias):
         assert torch.allclose(lorst(x, layer), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_paths_agree_in_value_and_gradient(shared, layer):
+    lorst = randomise(LORST(6, 5, num_layers=3, rank=2, groups=[1, 2, 3], shared=shared))
+    x = torch.randn(4, 7, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for lorst.path in ("features", "fold"):
+        lorst.zero_grad()
+        x.grad = None
+        out = lorst(x, layer)
+        (out * out.detach().cos()).sum().backward()
+        found.append([out.detach(), x.grad, *[p.grad.clone() for p in lorst.parameters() if p.grad is not None]])
+    assert len(found[0]) == len(found[1]) == 5 + shared
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).norm() <= 1e-11 * expected.norm()
+
+
+def test_auto_takes_the_path_with_fewer_multiply_adds():
+    """B A costs out * in per unit of rank, (x A^T) B^T costs in + out per row: 30 / 11 rows break even."""
+    lorst = LORST(6, 5, num_layers=2, rank=2)
+    assert [lorst.chosen_path(n) for n in (1, 2, 3, 1000)] == ["features", "features", "fold", "fold"]
+    assert LORST(6, 5, num_layers=2, path="features").chosen_path(1000) == "features"
+
+
+def test_serving_equals_and_leaves_the_weights_alone():
+    lorst = randomise(LORST(6, 5, num_layers=3, rank=2, groups=[0, 2, 3])).eval()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    before, expected = {k: v.clone() for k, v in lorst.state_dict().items()}, [lorst(x, i) for i in range(3)]
+    lorst.serve()
+    for i in range(3):
+        assert not lorst(x, i).requires_grad and torch.allclose(lorst(x, i), expected[i], atol=1e-12)
+    after = lorst.train().state_dict()
+    assert lorst.folded is None and all(torch.equal(after[k], before[k]) for k in before)
+
+
 def test_a_layer_without_groups_is_the_shared_weight():
     lorst = randomise(LORST(6, 5, num_layers=2, rank=2, groups=[0, 1]))
     x = torch.randn(4, 6, dtype=torch.float64)
@@ -66,6 +101,7 @@ def test_parameter_count_is_the_papers():
         (dict(rank=-2), "rank must be 1 or more, got -2"),
         (dict(groups=-1), "groups must be 0 or more, got -1"),
         (dict(rank=1.5), "rank must hold integers, got 1.5"),
+        (dict(path="weights"), "path must be one of auto, features, fold, got 'weights'"),
         (dict(groups=[1, 0, 1], shared=False), "groups is 0 for stage 1 while shared is off"),
     ],
 )

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool
+from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_lors
 from mmdet.registry import MODELS
-from torch import nn
 
+from mmdet_lors.adamixer.folding import folded_state_dict
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.errors import UserError
 
@@ -20,30 +20,6 @@ def lors_config(**lors):
         adaptive=dict(rank=2, groups=[1, 0, 1]), static=dict(rank=2, groups=[1, 2, 0])
     )
     return cfg
-
-
-def random_lors(cfg) -> nn.Module:
-    """A detector whose LORS parts are all in use."""
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    for half in (model.decoder.lorsa, model.decoder.lorst):
-        for parameter in half.parameters() if half is not None else ():
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
-@torch.no_grad()
-def fold(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The plain weights that a detector with LORS is equal to."""
-    weights = {
-        k: v.clone() for k, v in model.state_dict().items() if not k.startswith(("decoder.lorsa", "decoder.lorst"))
-    }
-    for half, layer in ((model.decoder.lorsa, "parameter_generator"), (model.decoder.lorst, "out_proj")):
-        for i in range(3) if half is not None else ():
-            weight, bias = half.fold(i)
-            weights[f"decoder.stages.{i}.mixing.{layer}.weight"] = weight.clone()
-            weights[f"decoder.stages.{i}.mixing.{layer}.bias"] = bias.clone()
-    return weights
 
 
 def plain_checkpoint(path, weights=None):
@@ -67,8 +43,8 @@ def convert(monkeypatch, root, *arguments):
 )
 def test_a_folded_lors_detector_comes_back(lors):
     cfg = lors_config(**lors)
-    true, ours = random_lors(cfg), MODELS.build(cfg.model).eval()
-    errors = load_tool(TOOL).convert(fold(true), ours, turns=60)
+    true, ours = random_lors(cfg.model), MODELS.build(cfg.model).eval()
+    errors = load_tool(TOOL).convert(folded_state_dict(true), ours, turns=60)
     assert max(e.fitted for e in errors.values()) < 1e-4
     assert len(errors) == 3 * (2 * (true.decoder.lorsa is not None) + (true.decoder.lorst is not None))
     images = torch.randn(1, 3, 64, 96)

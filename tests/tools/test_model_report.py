@@ -10,9 +10,10 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 
+from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.adamixer.stage import QuerySelfAttention
 from mmdet_lors.analysis import paper_tables
-from mmdet_lors.analysis.complexity import OperationCounter, Report, component, folded, measure
+from mmdet_lors.analysis.complexity import OperationCounter, Report, component, measure
 from mmdet_lors.errors import UserError
 
 TOOL = "analysis_tools/model_report.py"
@@ -194,7 +195,7 @@ def test_folded_costs_what_a_plain_decoder_of_the_same_points_does(counts):
     plain = load_config(f"configs/{PLAIN.format(100)}.py")
     plain.model.decoder.stage.update(num_groups=2, in_points=64)
     assert counts.folded(LORS.format(100)) == measure(plain.model)
-    assert folded(plain.model) is None
+    assert folded_config(plain.model) is None
     assert cfg.model.decoder.lors is not None
 
 

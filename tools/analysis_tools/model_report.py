@@ -14,7 +14,8 @@ from mmdet.utils import register_all_modules
 from rich.console import Console
 from rich.table import Table
 
-from mmdet_lors.analysis.complexity import COMPONENTS, Report, folded, measure
+from mmdet_lors.adamixer.folding import folded_config
+from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
 from mmdet_lors.analysis.paper_tables import Counts, markdown
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
@@ -47,7 +48,7 @@ def report_config(path: str, size: tuple[int, int]) -> tuple[Report, Report | No
     if "model" not in cfg:
         raise UserError(f"config {path} has no model")
     report = measure(cfg.model, size)
-    plain = folded(cfg.model)
+    plain = folded_config(cfg.model)
     return report, measure(plain, size) if plain else None
 
 
@@ -91,7 +92,9 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files")
     parser.add_argument("--input", default="1280x800", metavar="WxH", help="input size (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to this file")
-    parser.add_argument("--paper", action="store_true", help="print Tables 1-8 of the LORS paper beside ours, Markdown")
+    parser.add_argument(
+        "--paper", action="store_true", help="print Tables 1-11 of the LORS paper beside ours, Markdown"
+    )
     args = parser.parse_args()
     size = parse_size(args.input)
     if not args.configs and not args.paper:

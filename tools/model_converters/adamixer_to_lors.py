@@ -10,9 +10,7 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -20,26 +18,15 @@ from torch import Tensor
 
 from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
 from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
-from mmdet_lors.engine.launch import load_config, run
+from mmdet_lors.engine.checkpoint import write_checkpoint
+from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.trained import read_config, read_weights
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.warm_start import FitError, fit_lorsa_, fit_lorst_
 
 LORS_KEYS = ("decoder.lorsa.", "decoder.lorst.")
 WEIGHTS = ("M (channel mixing)", "S (spatial mixing)", "W_out (output projection)")
 Errors = dict[tuple[int, str], FitError]
-
-
-def read_config(path: str) -> Config:
-    """A detector's config.
-
-    Raises:
-        UserError: no such file, a broken one, or one without an AdaMixer decoder.
-    """
-    cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
-    if cfg.get("model", {}).get("decoder") is None:
-        raise UserError(f"config {path} has no model.decoder: it is no AdaMixer")
-    return cfg
 
 
 def check_configs(plain: Config, lors: Config) -> None:
@@ -64,22 +51,6 @@ def check_configs(plain: Config, lors: Config) -> None:
                 f"model.decoder.{field} is {theirs.get(field)} in {plain.filename} and {value} in {lors.filename}: "
                 "a warm start needs equal stages"
             )
-
-
-def read_weights(path: str, model: QueryBased) -> tuple[dict[str, Tensor], dict]:
-    """The weights of a checkpoint that fits this model, and its ``meta``.
-
-    Raises:
-        UserError: a file that cannot be read, weights of another architecture, or values that are not finite.
-    """
-    checkpoint = read_checkpoint(path)
-    check_fit(model, checkpoint, path)
-    weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
-    for key, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"checkpoint {path}: {key} holds values that are not finite")
-    meta = checkpoint.get("meta")
-    return weights, dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def convert(weights: Mapping[str, Tensor], model: QueryBased, turns: int) -> Errors:
@@ -149,7 +120,6 @@ def main() -> None:
         raise UserError(f"OUT {args.out}: must be a file in a folder that exists")
 
     plain, lors = read_config(args.config), read_config(args.lors_config)
-    register_all_modules()
     check_configs(plain, lors)
     weights, meta = read_weights(args.checkpoint, build_on_meta(plain.model))
     model = MODELS.build(lors.model)

@@ -1,0 +1,120 @@
+"""One of timm's models as an mmengine model: loss with Mixup, CutMix and label smoothing, and prediction."""
+
+from difflib import get_close_matches
+
+import timm
+from mmdet.registry import MODELS
+from mmengine.model import BaseModel, initialize
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from mmdet_lors.errors import UserError
+
+
+def create_network(model_name: str, **fields) -> nn.Module:
+    """``timm.create_model``.
+
+    Raises:
+        UserError: a name that timm does not know, or settings that its model refuses.
+    """
+    if not timm.is_model(model_name):
+        close = get_close_matches(model_name, timm.list_models(), n=3)
+        raise UserError(
+            f"network.model_name {model_name!r} is none of timm {timm.__version__}'s models; "
+            + (f"close to it: {', '.join(close)}" if close else "timm.list_models() has their names")
+        )
+    try:
+        return timm.create_model(model_name, **fields)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else f"timm's check of its settings failed: {fields}"
+        raise UserError(f"network {model_name}: {reason}") from error
+
+
+@MODELS.register_module()
+class TimmClassifier(BaseModel):
+    """An image classifier; ``network`` is the model as timm builds it.
+
+    Args:
+        network: ``model_name`` and further arguments of ``timm.create_model``.
+        num_classes: logits per image.
+        label_smoothing: share of a target that is spread over all classes, 0 to 1.
+        mixup: fields of ``timm.data.Mixup``, such as ``mixup_alpha`` and ``cutmix_alpha``; None: images as they are.
+        data_preprocessor: mmengine's ``ImgDataPreprocessor`` or another that gives ``inputs`` and ``data_samples``.
+        init_cfg: initialisers of ``network``, such as :class:`PretrainedParts`; without, timm's own weights stay.
+
+    Raises:
+        UserError: names the field that cannot work.
+    """
+
+    def __init__(
+        self,
+        network: dict,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        mixup: dict | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | list | None = None,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        if "model_name" not in network:
+            raise UserError(f"network.model_name is missing; network has {', '.join(network) or 'no field'}")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.network = create_network(num_classes=num_classes, **network)
+        self.mixup = Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes) if mixup else None
+        self.criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(label_smoothing)
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg`` to the network; timm has initialised it when it was built."""
+        if self.init_cfg:
+            initialize(self.network, self.init_cfg)
+        self._is_init = True
+
+    def forward(
+        self, inputs: Tensor, data_samples: Tensor | None = None, mode: str = "tensor"
+    ) -> Tensor | dict[str, Tensor] | list[dict]:
+        """Logits, losses or predictions.
+
+        Args:
+            inputs: normalised images, (B, C, H, W).
+            data_samples: labels, (B,) int64.
+            mode: 'tensor', 'loss' or 'predict'.
+
+        Returns:
+            'tensor': logits, (B, num_classes). 'loss': see :meth:`loss`. 'predict': see :meth:`predict`.
+        """
+        if mode == "tensor":
+            return self.network(inputs)
+        if mode == "loss":
+            return self.loss(inputs, data_samples)
+        if mode == "predict":
+            return self.predict(inputs, data_samples)
+        raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
+
+    def loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Cross entropy to smoothed, with ``mixup`` also mixed targets, averaged over images.
+
+        Args:
+            images: (B, C, H, W).
+            labels: (B,) int64.
+
+        Raises:
+            UserError: an odd number of images, which timm's Mixup cannot pair.
+        """
+        targets = labels
+        if self.mixup is not None:
+            if len(images) % 2:
+                raise UserError(
+                    f"mixup needs an even number of images in every batch of a process, got {len(images)}: make "
+                    "train_dataloader.batch_size even, with drop_last=True"
+                )
+            # Mixup writes into the images that it is given.
+            images, targets = self.mixup(images.clone(), labels)
+        return dict(loss=self.criterion(self.network(images).float(), targets))
+
+    def predict(self, images: Tensor, labels: Tensor | None = None) -> list[dict]:
+        """Per image ``scores``, (num_classes,) probabilities, and ``label``, the true one where it is known."""
+        scores = self.network(images).float().softmax(dim=1)
+        labels = [None] * len(scores) if labels is None else labels.tolist()
+        return [dict(scores=s, label=label) for s, label in zip(scores, labels, strict=True)]

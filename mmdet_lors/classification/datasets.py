@@ -1,0 +1,163 @@
+"""Data sets of classification: scikit-learn's digits, which are embedded, CIFAR-100, and ImageNet-style folders."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from mmdet.registry import DATASETS
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+
+from mmdet_lors.errors import UserError
+
+CIFAR100_HINT = (
+    "get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there, or run: python "
+    "-c \"from torchvision.datasets import CIFAR100; CIFAR100('{root}', download=True)\""
+)
+
+
+class ClassificationDataset(Dataset):
+    """Images with one label each, made to tensors by timm's transforms.
+
+    Args:
+        source: (PIL image, label) of every image.
+        classes: their names, in the order of the labels.
+        transform: fields of ``timm.data.create_transform`` but for normalisation, which is the data preprocessor's.
+
+    Raises:
+        UserError: an unknown field of ``transform``.
+    """
+
+    def __init__(self, source: Sequence, classes: Sequence[str], transform: dict) -> None:
+        self.source = source
+        self.metainfo = dict(classes=tuple(classes))
+        try:
+            # With timm's own prefetcher a transform ends with the image in uint8; our preprocessor is in its place.
+            self.transform = create_transform(**transform, use_prefetcher=True)
+        except (TypeError, AssertionError, KeyError) as error:
+            raise UserError(f"{type(self).__name__}.transform: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        """``inputs``, an image of (C, H, W) uint8, and ``data_samples``, its label."""
+        image, label = self.source[index]
+        return dict(inputs=self.transform(image), data_samples=int(label))
+
+    @classmethod
+    def check(cls, **fields) -> tuple[str, ...]:
+        """The classes of a data set with these fields, found without reading its images where that takes long.
+
+        Raises:
+            UserError: what is missing or unknown, and how to mend it.
+        """
+        cls._check_fields(fields)
+        return cls(**fields).metainfo["classes"]
+
+    @classmethod
+    def _check_fields(cls, fields: dict) -> None:
+        try:
+            inspect.signature(cls).bind(**fields)
+        except TypeError as error:
+            raise UserError(f"{cls.__name__}: {error}") from error
+
+
+def _check_split(split: str) -> None:
+    if split not in ("train", "val"):
+        raise UserError(f"split must be 'train' or 'val', got {split!r}")
+
+
+@DATASETS.register_module()
+class SklearnDigits(ClassificationDataset):
+    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: 1,442 to train, 355 to validate.
+
+    Every fifth image of a class validates. Images are grey: one channel.
+
+    Args:
+        split: 'train' or 'val'.
+        transform: see :class:`ClassificationDataset`.
+    """
+
+    def __init__(self, split: str, transform: dict) -> None:
+        _check_split(split)
+        # Imported late: it takes a second, which only this data set should cost.
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        validates = np.zeros(len(digits.target), bool)
+        for label in range(10):
+            validates[np.flatnonzero(digits.target == label)[4::5]] = True
+        rows = np.flatnonzero(validates == (split == "val"))
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        source = [(Image.fromarray(pixels[row]), int(digits.target[row])) for row in rows]
+        super().__init__(source, [str(label) for label in range(10)], transform)
+
+
+@DATASETS.register_module()
+class CIFAR100(ClassificationDataset):
+    """CIFAR-100: 50,000 images of 32 x 32 pixels to train, 10,000 to validate.
+
+    Args:
+        data_root: the folder that has ``cifar-100-python/``.
+        split: 'train' or 'val'.
+        transform: see :class:`ClassificationDataset`.
+
+    Raises:
+        UserError: files that are missing or damaged.
+    """
+
+    def __init__(self, data_root: str, split: str, transform: dict) -> None:
+        _check_split(split)
+        hint = CIFAR100_HINT.format(root=data_root)
+        folder = Path(data_root) / datasets.CIFAR100.base_folder
+        if not folder.is_dir():
+            raise UserError(f"data folder {folder} does not exist; {hint}")
+        try:
+            source = datasets.CIFAR100(data_root, train=split == "train")
+        except RuntimeError as error:
+            raise UserError(f"data folder {folder} is incomplete or damaged; {hint}") from error
+        super().__init__(source, source.classes, transform)
+
+
+@DATASETS.register_module()
+class ImageFolder(ClassificationDataset):
+    """Pictures in one folder per class, as ImageNet is unpacked: ``train/n01440764/n01440764_18.JPEG``.
+
+    Args:
+        data_root: the folder that has ``train/`` and ``val/``.
+        split: name of the folder below it.
+        transform: see :class:`ClassificationDataset`.
+
+    Raises:
+        UserError: a folder that does not exist, or a class without a picture.
+    """
+
+    def __init__(self, data_root: str, split: str, transform: dict) -> None:
+        classes = self._classes(data_root, split)
+        try:
+            source = datasets.ImageFolder(str(Path(data_root) / split))
+        except FileNotFoundError as error:
+            raise UserError(str(error).splitlines()[0]) from error
+        super().__init__(source, classes, transform)
+
+    @classmethod
+    def check(cls, **fields) -> tuple[str, ...]:
+        """The classes, from the folders' names alone; see :meth:`ClassificationDataset.check`."""
+        cls._check_fields(fields)
+        ClassificationDataset([], [], fields["transform"])
+        return cls._classes(fields["data_root"], fields["split"])
+
+    @staticmethod
+    def _classes(data_root: str, split: str) -> tuple[str, ...]:
+        folder = Path(data_root) / split
+        if not folder.is_dir():
+            raise UserError(f"data folder {folder} does not exist; it must have one folder of pictures per class")
+        classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+        if not classes:
+            raise UserError(f"data folder {folder} must have one folder of pictures per class; it has no folder")
+        return classes

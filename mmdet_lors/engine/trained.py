@@ -1,0 +1,43 @@
+"""A trained AdaMixer, as the tools that change its weights get it: a config and a checkpoint that belong together."""
+
+import argparse
+from collections.abc import Mapping
+
+import torch
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmdet_lors.errors import UserError
+
+from .checkpoint import check_fit, read_checkpoint
+from .launch import load_config
+
+
+def read_config(path: str) -> Config:
+    """A detector's config.
+
+    Raises:
+        UserError: no such file, a broken one, or one without an AdaMixer decoder.
+    """
+    cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
+    if cfg.get("model", {}).get("decoder") is None:
+        raise UserError(f"config {path} has no model.decoder: it is no AdaMixer")
+    register_all_modules()
+    return cfg
+
+
+def read_weights(path: str, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """The weights of a checkpoint that fits this model, and its ``meta``.
+
+    Raises:
+        UserError: a file that cannot be read, weights of another architecture, or values that are not finite.
+    """
+    checkpoint = read_checkpoint(path)
+    check_fit(model, checkpoint, path)
+    weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"checkpoint {path}: {key} holds values that are not finite")
+    meta = checkpoint.get("meta")
+    return weights, dict(meta) if isinstance(meta, Mapping) else {}

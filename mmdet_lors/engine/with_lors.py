@@ -1,0 +1,101 @@
+"""LORS in any registered model, from its config."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from types import MethodType
+from typing import Any
+
+from mmdet.registry import MODELS
+from mmengine.logging import print_log
+from torch import nn
+
+from mmdet_lors.errors import UserError
+from mmdet_lors.lors.stack import plain_stack, share_stack
+from mmdet_lors.lors.warm_start import FitError
+
+FIELDS = ("layers", "targets", "rank", "groups", "share", "init", "turns")
+
+
+@MODELS.register_module("WithLORS")
+def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
+    """Build a model, and make LORST of the weights that ``stacks`` names.
+
+    Returned is the model itself, so that runner, hooks and parameter names see nothing new around it. Its
+    ``init_weights()`` first initialises the plain model, pre-trained weights included, and then shares what came out;
+    a model that loads its weights while it is built needs none.
+
+    Args:
+        model: config of any registered model.
+        stacks: per stack a dict of ``layers``, a dotted name of an ``nn.ModuleList`` or ``nn.Sequential`` in the
+            model, or a list of names of its layers, and of the arguments of
+            :func:`mmdet_lors.lors.share_stack`: ``targets``, ``rank``, ``groups``, ``share``, ``init``, ``turns``.
+
+    Raises:
+        UserError: what is wrong with which field of which stack.
+    """
+    if not isinstance(stacks, Sequence) or isinstance(stacks, str) or not stacks:
+        raise UserError(f"stacks must be a list with one dict or more, got {stacks!r}")
+    for i, stack in enumerate(stacks):
+        _check_fields(f"stacks[{i}]", stack)
+    # A copy: mmdet's DETRs write into their config, which could not be built again.
+    built = MODELS.build(deepcopy(model))
+    for i, stack in enumerate(stacks):
+        settings = dict(stack)
+        layers = _layers(f"stacks[{i}]", built, settings.pop("layers"))
+        try:
+            report = share_stack(layers, **settings)
+        except ValueError as error:
+            raise UserError(f"stacks[{i}].{error}") from error
+        _log({f"stacks[{i}] {name}": errors for name, errors in report.items()})
+    if hasattr(built, "init_weights"):
+        built.init_weights = MethodType(_init_weights, built)
+    return built
+
+
+def _init_weights(self: nn.Module, *args, **kwargs) -> None:
+    """The model's own ``init_weights()`` on its plain weights, then LORS's initialisation."""
+    with plain_stack([self]) as report:
+        # Below another mmengine module, which lists all parameters first and refuses those that it does not know.
+        known = getattr(self, "_params_init_info", None)
+        if known is not None:
+            for parameter in self.parameters():
+                known.setdefault(parameter, dict(init_info="", tmp_mean_value=parameter.detach().mean().cpu()))
+        type(self).init_weights(self, *args, **kwargs)
+    _log(report)
+
+
+def _check_fields(where: str, stack: Any) -> None:
+    if not isinstance(stack, Mapping):
+        raise UserError(f"{where} must be a dict, got {stack!r}")
+    if unknown := [field for field in stack if field not in FIELDS]:
+        raise UserError(f"{where} has no field {unknown[0]!r}; its fields are {', '.join(FIELDS)}")
+    for field in ("layers", "targets"):
+        if field not in stack:
+            raise UserError(f"{where}.{field} is missing")
+
+
+def _layers(where: str, model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
+    """The layers that a config names."""
+    found = [_submodule(f"{where}.layers", model, name) for name in ([names] if isinstance(names, str) else names)]
+    if not isinstance(names, str):
+        return found
+    if not isinstance(found[0], nn.ModuleList | nn.Sequential):
+        raise UserError(f"{where}.layers {names!r} is a {type(found[0]).__name__}, not an nn.ModuleList of layers")
+    return list(found[0])
+
+
+def _submodule(field: str, model: nn.Module, name: str) -> nn.Module:
+    module = model
+    for part in str(name).split("."):
+        children = dict(module.named_children())
+        if part not in children:
+            has = ", ".join(list(children)[:8]) or "nothing below it"
+            raise UserError(f"{field} {name!r}: {type(module).__name__} has no {part!r}; it has {has}")
+        module = children[part]
+    return module
+
+
+def _log(report: dict[str, list[FitError]]) -> None:
+    for name, errors in report.items():
+        shared, fitted = (", ".join(f"{error[i]:.3f}" for error in errors) for i in (0, 1))
+        print_log(f"LORS {name}: relative error per layer {fitted} (W_shared alone {shared})", logger="current")

@@ -1,0 +1,18 @@
+"""Trading memory for arithmetic where arithmetic is the cheaper of the two."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """function(*args), whose intermediate results the backward pass computes again instead of keeping them.
+
+    Only what leads up to the last thing that the backward pass needs is computed twice: a matrix product at the end of
+    ``function`` runs once. ``function`` must draw no random numbers. torch.compile decides for itself what to recompute.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,21 @@
+"""PELA: low-rank compression of a pre-trained model, and its recovery by distillation."""
+
+from .compressed import build_compressed, build_compressed_backbone
+from .distiller import PELADistiller
+from .losses import FeatureDistillationLoss, WeightPerturbationLoss
+from .low_rank import OMIT, CompressedLayer, LowRankLinear, compress, decompress
+from .vit_pyramid import ViTPyramid
+
+__all__ = [
+    "OMIT",
+    "CompressedLayer",
+    "FeatureDistillationLoss",
+    "LowRankLinear",
+    "PELADistiller",
+    "ViTPyramid",
+    "WeightPerturbationLoss",
+    "build_compressed",
+    "build_compressed_backbone",
+    "compress",
+    "decompress",
+]

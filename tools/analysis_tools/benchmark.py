@@ -1,0 +1,483 @@
+"""Time and memory of AdaMixer's decoder: plain, with LORS by each path, folded, and against a naive yardstick.
+
+All variants of a comparison run in one process, in turn, round after round: a slow moment of the machine hits them all.
+A ratio is the median over rounds of the ratio within the round. Peak memory is taken in a process of its own.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.structures import InstanceData
+from naive_decoder import NaiveDecoder
+from torch import nn
+
+from mmdet_lors.analysis.study import machine
+from mmdet_lors.engine.launch import run
+from mmdet_lors.errors import UserError
+from mmdet_lors.lors.serving import serve
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
+OBJECTS = 7
+"""Objects in every image."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build and run the decoder."""
+
+    lors: bool = True
+    sampling: tuple[int, int] = (2, 64)
+    """Groups, points."""
+    options: dict = field(default_factory=dict)
+    """Overrides of the ``lors`` field."""
+    naive: bool = False
+    served: bool = False
+    """Folded for inference."""
+
+
+def by_path(adaptive: str, static: str) -> Variant:
+    """LORS with both paths fixed."""
+    return Variant(options=dict(adaptive=dict(path=adaptive), static=dict(path=static)))
+
+
+VARIANTS = {
+    "plain 4x32": Variant(lors=False, sampling=(4, 32)),
+    "plain 2x64": Variant(lors=False),
+    "LORS": Variant(),
+    "LORS, weights": by_path("weights", "features"),
+    "LORS, features": by_path("features", "features"),
+    "LORS, fold": by_path("fold", "fold"),
+    "LORS, served folded": Variant(served=True),
+    "naive plain 2x64": Variant(lors=False, naive=True),
+    "naive LORS": Variant(naive=True),
+}
+BASE = "plain 2x64"
+WORKS = {
+    "inference": "inference",
+    "backward": "forward + backward with matching",
+    "step": "whole training step (AdamW)",
+}
+
+
+class Case:
+    """One variant, ready to run one kind of work on fixed random inputs.
+
+    Args:
+        name: of the variant.
+        work: key of :data:`WORKS`.
+        queries, batch: N and B.
+        size: (W, H) in pixels.
+        level: 'decoder', on random feature levels, or 'detector', with its ResNet-50.
+        device: 'cpu' or 'cuda'.
+        stages: S; 6 in all of the paper's models.
+    """
+
+    def __init__(
+        self, name: str, work: str, queries: int, batch: int, size: tuple[int, int], level: str, device: str,
+        stages: int = 6,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        variant = VARIANTS[name]
+        model = Config.fromfile(ROOT / CONFIG).model
+        model.backbone.init_cfg = None
+        model.query_generator.num_queries = queries
+        decoder = model.decoder
+        decoder.stage.num_groups, decoder.stage.in_points = variant.sampling
+        decoder.num_stages, decoder.lors.adaptive.groups = stages, (decoder.lors.adaptive.groups * stages)[:stages]
+        for half, options in variant.options.items():
+            decoder.lors[half] = options and dict(decoder.lors[half], **options)
+        if not variant.lors:
+            decoder.lors = None
+        if variant.naive:
+            decoder.type = NaiveDecoder
+        self.model = MODELS.build(model)
+        self.model.decoder.init_weights()
+        for parameter in self.model.decoder.parameters():
+            if not parameter.any():  # Zeros may be multiplied faster, and hide a path's gradient.
+                nn.init.normal_(parameter, std=0.01)
+        if level == "decoder":
+            del self.model.backbone, self.model.neck
+        self.model.to(device).train(work != "inference")
+        if variant.served:
+            serve(self.model)
+        self.work, self.device = work, device
+        width, height = size
+        self.feats, self.images = None, None
+        if level == "decoder":
+            shapes = [(batch, 256, height // s, width // s) for s in decoder.featmap_strides]
+            self.feats = [torch.randn(shape, device=device, requires_grad=work != "inference") for shape in shapes]
+        else:
+            self.images = torch.randn(batch, 3, height, width, device=device)
+        self.samples = [self._sample(width, height) for _ in range(batch)]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True) if work == "step" else None
+
+    def _sample(self, width: int, height: int) -> DetDataSample:
+        corner = torch.rand(OBJECTS, 2) * torch.tensor([width, height]) / 2
+        boxes = torch.cat([corner, corner + 20 + torch.rand(OBJECTS, 2) * 100], dim=1).to(self.device)
+        labels = torch.randint(80, (OBJECTS,), device=self.device)
+        sample = DetDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        return sample
+
+    def __call__(self) -> float:
+        """Do the work once.
+
+        Returns:
+            Seconds.
+        """
+        tensors = [*self.model.parameters(), *(self.feats or ())]
+        for tensor in tensors:
+            tensor.grad = None
+        self._wait()
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(self.work != "inference"):
+            feats = self.feats or self.model.extract_feat(self.images)
+            queries = self.model.query_generator([s.metainfo["img_shape"] for s in self.samples])
+            if self.work == "inference":
+                self.model.decoder.predict(feats, *queries, self.samples)
+            else:
+                losses = self.model.decoder.loss(feats, *queries, self.samples)
+                sum(value for name, value in losses.items() if "loss" in name).backward()
+        if self.optimizer:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def interleaved(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every round of every case, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(repeats + 1):
+        for name, case in cases.items():
+            took = case()
+            if i:
+                seconds[name].append(took)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds."""
+    return median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def speed(args: argparse.Namespace, names: list[str], **fixed: object) -> dict[str, list[float]]:
+    """Compare variants in one process."""
+    if fixed["work"] != "inference":
+        names = [name for name in names if not VARIANTS[name].served]
+    cases = {name: Case(name, size=args.size, device=args.device, **fixed) for name in names}
+    found = interleaved(cases, args.repeats)
+    cases.clear()
+    gc.collect()
+    return found
+
+
+def alone(args: argparse.Namespace, **fixed: object) -> dict[str, float]:
+    """One case in a process of its own.
+
+    Returns:
+        'seconds' (median of 2, after one that does not count) and 'peak', GB: resident memory on a CPU, allocated
+        memory on a GPU.
+    """
+    request = json.dumps(dict(fixed, size=args.size, device=args.device))
+    command = [sys.executable, __file__, "--alone", request, "--threads", str(args.threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"benchmark of {fixed} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_alone(request: str) -> None:
+    """What the process of :func:`alone` does."""
+    fixed = json.loads(request)
+    case = Case(**dict(fixed, size=tuple(fixed["size"])))
+    seconds = median([case() for _ in range(3)][1:])
+    if fixed["device"] == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(dict(seconds=seconds, peak=peak / 1e9)))
+
+
+def matching(args: argparse.Namespace, queries: int) -> dict[str, list[float]]:
+    """Time of matching alone: all stages and images at once against stage by stage."""
+    cases, settings = {}, dict(work="backward", queries=queries, batch=2, level="decoder")
+    for label, name in (("all at once", "LORS"), ("stage by stage", "naive LORS")):
+        case = Case(name, size=args.size, device=args.device, **settings)
+        with torch.no_grad():
+            start = case.model.query_generator([s.metainfo["img_shape"] for s in case.samples])
+            outputs = case.model.decoder(case.feats, *start)
+
+        def timed(case: Case = case, outputs: list = outputs) -> float:
+            case._wait()
+            begin = time.perf_counter()
+            case.model.decoder.assign(outputs, case.samples)
+            case._wait()
+            return time.perf_counter() - begin
+
+        cases[label] = timed
+    return interleaved(cases, 4 * args.repeats)
+
+
+GROWTH = {"queries": [50, 100, 200, 400, 800, 1200], "stages": [1, 2, 4, 8, 12], "batch": [1, 2, 4, 8, 16]}
+
+
+def growth(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Time and memory of forward + backward of LORS over one size at a time; the others are 100, 6 and 1."""
+    found = {}
+    for what, values in GROWTH.items():
+        found[what] = []
+        for value in values:
+            sizes = dict(queries=100, stages=6, batch=1) | {what: value}
+            point = alone(args, name="LORS", work="backward", level="decoder", **sizes)
+            found[what].append(dict(point, value=value))
+            print(f"growth, {what} {value}: {point['seconds']:.3f} s, {point['peak']:.2f} GB", flush=True)
+    return found
+
+
+def exponent(points: list[dict], key: str) -> float:
+    """Slope of log(key) over log(value) between the two largest sizes."""
+    (x0, y0), (x1, y1) = ((math.log(p["value"]), math.log(p[key])) for p in points[-2:])
+    return (y1 - y0) / (x1 - x0)
+
+
+def attention_share(args: argparse.Namespace, queries: int) -> float:
+    """Share of self-attention, the only part that grows with the square of the queries, in a forward pass."""
+    case, spent = Case("LORS", "inference", queries, 1, args.size, "decoder", args.device), []
+
+    def watch(attention: nn.Module) -> None:
+        forward = attention.forward
+
+        def timed(*inputs: torch.Tensor) -> torch.Tensor:
+            case._wait()
+            begin = time.perf_counter()
+            out = forward(*inputs)
+            case._wait()
+            spent.append(time.perf_counter() - begin)
+            return out
+
+        attention.forward = timed
+
+    for stage in case.model.decoder.stages:
+        watch(stage.attention)
+    case()
+    spent.clear()
+    return sum(spent) / total if (total := case()) else 0.0
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def speed_section(args: argparse.Namespace, results: dict) -> list[str]:
+    """Interleaved times of all asked-for works, queries and batches."""
+    lines = []
+    for level in args.level:
+        for work in args.work:
+            columns = [(n, b) for b in args.batch for n in args.queries]
+            seconds = {c: speed(args, args.variants, work=work, queries=c[0], batch=c[1], level=level) for c in columns}
+            names = [name for name in args.variants if name in seconds[columns[0]]]
+            header, rows = [f"{level}: {WORKS[work]}"], [[name] for name in names]
+            for column in columns:
+                found = seconds[column]
+                bases = [b for b in (BASE, "naive plain 2x64", "naive LORS") if b in names]
+                header += [f"{column[0]} queries, batch {column[1]}: s", *(f"/ {b}" for b in bases)]
+                for row in rows:
+                    row += [f"{median(found[row[0]]):.3f}", *(f"{ratio(found, row[0], b):.2f}" for b in bases)]
+                results[f"{level}/{work}/{column[0]}/{column[1]}"] = found
+            lines += [*table(header, rows), ""]
+            print("\n".join(lines[-len(rows) - 3 :]), flush=True)
+    return lines
+
+
+def memory_section(args: argparse.Namespace, results: dict) -> list[str]:
+    """Peak memory of a forward + backward, every variant in its own process."""
+    rows = []
+    names = [name for name in args.variants if not VARIANTS[name].served]
+    for queries in args.queries:
+        peaks = {}
+        for name in names:
+            fixed = dict(name=name, work="backward", queries=queries, batch=2, level="decoder")
+            peaks[name] = alone(args, **fixed)["peak"]
+        for name in names:
+            bases = [f"{peaks[name] / peaks[base]:.2f}" if base in peaks else "" for base in (BASE, "naive LORS")]
+            rows.append([name, str(queries), f"{peaks[name]:.2f}", *bases])
+        results[f"memory/{queries}"] = peaks
+    kind = "peak allocated" if args.device == "cuda" else "peak resident"
+    lines = table(["forward + backward, batch 2", "queries", f"{kind}, GB", f"/ {BASE}", "/ naive LORS"], rows)
+    print("\n".join(lines), flush=True)
+    return [*lines, ""]
+
+
+def matching_section(args: argparse.Namespace, results: dict) -> list[str]:
+    """Matching alone."""
+    rows = []
+    for queries in args.queries:
+        found = matching(args, queries)
+        results[f"matching/{queries}"] = found
+        ours, theirs = (median(found[name]) * 1e3 for name in ("all at once", "stage by stage"))
+        quotient = ratio(found, "all at once", "stage by stage")
+        rows.append([str(queries), f"{ours:.1f}", f"{theirs:.1f}", f"{quotient:.2f}"])
+    header = ["matching, 6 stages x 2 images: queries", "all at once, ms", "stage by stage, ms", "ratio"]
+    lines = table(header, rows)
+    print("\n".join(lines), flush=True)
+    return [*lines, ""]
+
+
+def growth_section(args: argparse.Namespace, results: dict, picture: Path | None) -> list[str]:
+    """Growth with one size at a time."""
+    found = growth(args)
+    most = GROWTH["queries"][-1]
+    share = attention_share(args, most)
+    results["growth"], results["attention share"] = found, share
+    rows = []
+    for what, points in found.items():
+        values = ", ".join(str(p["value"]) for p in points)
+        for key, unit in (("seconds", "time, s"), ("peak", "peak memory, GB")):
+            figures = ", ".join(f"{p[key]:.2f}" for p in points)
+            rows.append([what, values, unit, figures, f"{exponent(points, key):.2f}"])
+    lines = [
+        "LORS, decoder, forward + backward with matching, each point in its own process; 100 queries, 6 stages and "
+        "batch 1 where not varied. The exponent is the slope of log over log between the two largest sizes.",
+        "",
+        *table(["over", "sizes", "", "measured", "exponent"], rows),
+        "",
+        f"Self-attention, whose cost grows with the square of the queries, takes {100 * share:.1f} % of a forward pass "
+        f"at {most} queries.",
+        "",
+    ]
+    if picture:
+        figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+        for axis, (what, points) in zip(axes, found.items(), strict=True):
+            x = [p["value"] for p in points]
+            axis.plot(x, [p["seconds"] for p in points], "o-", color="tab:blue", label="time, s")
+            axis.plot(x, [p["peak"] for p in points], "s--", color="tab:orange", label="peak memory, GB")
+            axis.set(xlabel=what, ylim=(0, None), xlim=(0, None))
+            axis.grid(alpha=0.3)
+            axis.legend()
+        figure.suptitle("LORS decoder, forward + backward with matching")
+        figure.savefig(picture, dpi=110)
+        lines += [f"![Growth]({picture.name})", ""]
+    return lines
+
+
+SECTIONS = {"speed": speed_section, "memory": memory_section, "matching": matching_section}
+
+
+def hardware(device: str) -> str:
+    """What ran it."""
+    return torch.cuda.get_device_name() if device == "cuda" else machine()
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """'320x320' -> (320, 320)."""
+    try:
+        width, height = (int(side) for side in text.split("x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT") from error
+    if min(width, height) < 32 or width % 32 or height % 32:
+        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 32")
+    return width, height
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=["speed", "memory", "matching", "growth"],
+        default=["speed", "memory", "matching"], help="(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
+                        help=f"of: {', '.join(VARIANTS)} (default: all)")  # fmt: skip
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS), help="(default: all)")
+    parser.add_argument("--level", nargs="+", choices=["decoder", "detector"], default=["decoder"],
+                        help="the detector has a ResNet-50 and takes images (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--queries", nargs="+", type=int, default=[100, 300], help="(default: %(default)s)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[2], help="(default: %(default)s)")
+    parser.add_argument("--size", type=image_size, default=(320, 320), help="WIDTHxHEIGHT (default: 320x320)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time to this file")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="write the tables, and the plot of growth beside it"
+    )
+    parser.add_argument("--append", action="store_true", help="add to the file of --out instead of replacing it")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if min(args.repeats, args.threads, *args.queries, *args.batch) < 1:
+        raise UserError("--repeats, --threads, --queries and --batch must be 1 or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no GPU")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
+
+
+def main() -> None:
+    """Measure, print, and write what was asked for."""
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    register_all_modules()
+    MMLogger.get_current_instance().setLevel("WARNING")
+    if args.alone:
+        run_alone(args.alone)
+        return
+    results: dict = {}
+    width, height = args.size
+    lines = [
+        f"Made by `python {shlex.join(['tools/analysis_tools/benchmark.py', *sys.argv[1:]])}` on {date.today()}: "
+        f"{hardware(args.device)}, torch {torch.__version__}, Python {platform.python_version()}, float32, "
+        f"{width} x {height} pixels, {OBJECTS} objects an image, {args.repeats} rounds. Ratios carry over to other "
+        "machines, seconds do not. `naive` is tools/analysis_tools/naive_decoder.py.",
+        "",
+    ]
+    for section in args.sections:
+        lines += [f"## {section.capitalize()}", ""]
+        if section == "growth":
+            lines += growth_section(args, results, args.out and args.out.with_suffix(".png"))
+        else:
+            lines += SECTIONS[section](args, results)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.out:
+        before = args.out.read_text() + "\n" if args.append and args.out.is_file() else "# Benchmark of the decoder\n\n"
+        args.out.write_text(before + "\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

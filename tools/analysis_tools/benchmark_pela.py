@@ -1,0 +1,226 @@
+"""Time what PELA saves and what it costs: inference before and after, compression itself, exact against randomised.
+
+Everything is measured in this one run, on the CPU by default. Times are medians over repeats in which the two sides
+take turns, so that both see the same machine. Weights are random unless --checkpoint names trained ones. Random ones
+are a hard case: their singular values fall slowly, so that much is cut off and directions are hard to tell apart.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mmdet_lors.analysis.study import machine
+from mmdet_lors.classification.classifier import create_network
+from mmdet_lors.classification.pretrained import read_weights
+from mmdet_lors.engine.checkpoint import check_fit
+from mmdet_lors.engine.launch import run
+from mmdet_lors.errors import UserError
+from mmdet_lors.pela import OMIT, LowRankLinear, compress
+from mmdet_lors.pela.low_rank import best_factors
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Seconds of the original and of the compressed one, medians of the same number of repeats."""
+
+    original: float
+    compressed: float
+
+    @property
+    def share(self) -> float:
+        """Of the original's time."""
+        return self.compressed / self.original
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """One way to factorise all weights: seconds, and the relative error over all of them, ||W - V U^T|| / ||W||."""
+
+    seconds: float
+    error: float
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def interleaved(
+    original: Callable[[], object], compressed: Callable[[], object], repeats: int, device: torch.device
+) -> Pair:
+    """Both in turn, after one call of each that does not count."""
+    original(), compressed()
+    times = [(seconds(original, device), seconds(compressed, device)) for _ in range(repeats)]
+    return Pair(*(median(side) for side in zip(*times, strict=True)))
+
+
+def inputs_of_linears(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Tensor]:
+    """What each of these layers is given when the model sees these images."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name in names
+    ]
+    with torch.inference_mode():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return [seen[name] for name in names]
+
+
+def all_layers(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """One call of each layer with its own input."""
+
+    def call() -> None:
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x)
+
+    return call
+
+
+def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What :func:`best_factors` does, by a whole SVD in the weight's own precision."""
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    half = values[:rank].sqrt()
+    return right[:rank].T * half, left[:, :rank] * half
+
+
+def factorise_all(
+    weights: Sequence[Tensor], ranks: Sequence[int], how: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> Factorisation:
+    """Factorise every weight, and sum up."""
+    pairs = []
+    taken = seconds(lambda: pairs.extend(map(how, weights, ranks)), weights[0].device)
+    rest = sum(
+        (w.double() - V.double() @ U.double().T).square().sum() for w, (U, V) in zip(weights, pairs, strict=True)
+    )
+    return Factorisation(taken, (rest / sum(w.double().square().sum() for w in weights)).sqrt().item())
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace) -> dict:
+    """All figures, as the report and --json have them."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    model = create_network(args.model).to(device).eval()
+    if args.checkpoint:
+        weights = read_weights(args.checkpoint)
+        check_fit(model, weights, args.checkpoint)
+        model.load_state_dict(weights)
+    images = torch.randn(args.batch, *model.default_cfg["input_size"], device=device)
+
+    made = []
+    compressing = seconds(lambda: made.append(compress(model, args.ratio, args.omit)), device)
+    compressed, report = made[0]
+    names = [layer.name for layer in report]
+    inputs = inputs_of_linears(model, names, images)
+    sides = [[side.get_submodule(name) for name in names] for side in (model, compressed)]
+    assert all(isinstance(layer, LowRankLinear) for layer in sides[1])
+    linears = interleaved(*(all_layers(side, inputs) for side in sides), args.repeats, device)
+    del inputs
+    whole = interleaved(lambda: model(images), lambda: compressed(images), args.repeats, device)
+
+    weights, ranks = [layer.weight for layer in sides[0]], [layer.rank for layer in report]
+    ways = {
+        "exact": best_factors,
+        "randomised": lambda weight, rank: best_factors(weight, rank, randomized=True),
+        "torch.linalg.svd": svd_factors,
+    }
+    return dict(
+        model=args.model,
+        checkpoint=args.checkpoint,
+        ratio=args.ratio,
+        omit=args.omit,
+        batch=args.batch,
+        repeats=args.repeats,
+        machine=machine() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        layers=len(report),
+        parameters=[sum(p.numel() for p in side.parameters()) for side in (model, compressed)],
+        compressing=compressing,
+        linears=linears,
+        whole=whole,
+        factorisation={name: factorise_all(weights, ranks, how) for name, how in ways.items()},
+    )
+
+
+def print_report(result: dict) -> None:
+    """Two tables and what they were measured on."""
+    console = Console()
+    before, after = result["parameters"]
+    console.print(
+        f"{result['model']}, ratio {result['ratio']}: {before:,} -> {after:,} parameters, {result['layers']} layers "
+        f"compressed in {result['compressing']:.1f} s\n{result['machine']}, {result['threads']} threads, torch "
+        f"{result['torch']}, batch {result['batch']}, median of {result['repeats']}",
+        soft_wrap=True,
+    )
+    times = Table(title="inference", title_justify="left")
+    for column in ("", "original, s", "compressed, s", "share"):
+        times.add_column(column, justify="right" if column else "left")
+    for label, key in (("Linear layers together", "linears"), ("whole model", "whole")):
+        pair: Pair = result[key]
+        times.add_row(label, f"{pair.original:.4f}", f"{pair.compressed:.4f}", f"{pair.share:.3f}")
+    console.print(times)
+    ways = Table(title="factorising all weights", title_justify="left")
+    for column in ("", "seconds", "relative error"):
+        ways.add_column(column, justify="right" if column else "left")
+    for label, way in result["factorisation"].items():
+        ways.add_row(label, f"{way.seconds:.2f}", f"{way.error:.6f}")
+    console.print(ways)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="deit_base_patch16_224", help="timm's name (default: %(default)s)")
+    parser.add_argument("--checkpoint", help="its weights: a file or timm://NAME (default: random ones)")
+    parser.add_argument("--ratio", type=float, default=2, help="compression ratio (default: %(default)s)")
+    parser.add_argument("--omit", nargs="*", default=list(OMIT), help="names left whole (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="of each side (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    args = parser.parse_args()
+    for option in ("batch", "repeats"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} must be 1 or more, got {getattr(args, option)}")
+    try:
+        result = measure(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print_report(result)
+    if args.json:
+        plain = {k: asdict(v) if isinstance(v, Pair) else v for k, v in result.items()}
+        plain["factorisation"] = {k: asdict(v) for k, v in result["factorisation"].items()}
+        args.json.write_text(json.dumps(plain, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

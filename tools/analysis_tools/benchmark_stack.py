@@ -1,0 +1,135 @@
+"""What LORST adds to a training step: DeiT-Tiny with LORST in every attention and FFN weight, against plain DeiT-Tiny.
+
+Both models take turns in one process, a few steps each, so that whatever else the machine does meets both. A step is
+forward, backward and AdamW on random images. Printed are the medians over the turns, and of the turns' ratios.
+The allocation is the paper's (rank 32, groups 1 1 1 1 1 1 1 1 1 2 4 6 in attention, 6 4 2 1 1 1 1 1 1 1 1 1 in FFNs).
+
+    python tools/analysis_tools/benchmark_stack.py --threads 2 --max-ratio 1.10
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdet_lors.engine.launch import run
+from mmdet_lors.errors import UserError
+from mmdet_lors.lors import share_stack
+
+CLASSES = 100
+ATTENTION, FFN = [1] * 9 + [2, 4, 6], [6, 4, 2] + [1] * 9
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: a number that cannot be.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per step (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=56, metavar="PX", help="side of an image (default: %(default)s)")
+    parser.add_argument("--patch", type=int, default=4, metavar="PX", help="side of a patch (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=15, metavar="N", help="turns per model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps per turn (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="turns not counted (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--max-ratio", type=float, metavar="X", help="exit status 1 if LORST takes more than X x plain")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    args = parser.parse_args()
+    for name, least in dict(batch=1, size=1, patch=1, turns=1, steps=1, warm_up=0, threads=1).items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if args.size % args.patch:
+        raise UserError(f"--size {args.size} is no multiple of --patch {args.patch}")
+    if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device!r} is not available here; cpu or cuda")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: folder {args.json.parent} does not exist")
+    return args
+
+
+def build(lors: bool, size: int, patch: int, device: str) -> nn.Module:
+    """DeiT-Tiny, with LORST or without."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=size, patch_size=patch, num_classes=CLASSES)
+    if lors:
+        groups = {"attn.*": ATTENTION, "mlp.*": FFN}
+        share_stack(model.blocks, ["attn.*", "mlp.*"], rank=32, groups=groups)
+    return model.to(device).train()
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A function that trains the model by one step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Callable[[], None], steps: int, device: str) -> float:
+    """Wall-clock time of one step, the mean of ``steps`` in a row."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return (time.perf_counter() - begin) / steps
+
+
+def measure(steps: dict[str, Callable[[], None]], turns: int, per_turn: int, device: str) -> dict[str, list[float]]:
+    """Seconds per step of each function, one number per turn; who is first changes from turn to turn."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns):
+        for name in sorted(steps, reverse=turn % 2 == 1):
+            found[name].append(seconds(steps[name], per_turn, device))
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    labels = torch.randint(CLASSES, (args.batch,), device=args.device)
+    models = {name: build(name == "LORST", args.size, args.patch, args.device) for name in ("plain", "LORST")}
+    steps = {name: training_step(model, images, labels) for name, model in models.items()}
+    measure(steps, args.warm_up, args.steps, args.device)
+    times = measure(steps, args.turns, args.steps, args.device)
+
+    ratio = statistics.median(ours / plain for ours, plain in zip(times["LORST"], times["plain"], strict=True))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    parameters = {name: sum(p.numel() for p in model.blocks.parameters()) for name, model in models.items()}
+    print(
+        f"batch {args.batch}, {args.size} px, patch {args.patch}, {torch.get_num_threads()} threads, "
+        f"{args.turns} turns of {args.steps} steps"
+    )
+    for name, median in medians.items():
+        print(f"{name:6} {parameters[name]:>10,} parameters in the layers, {1000 * median:8.1f} ms a step")
+    print(f"LORST takes {ratio:.3f} x the time of plain")
+    if args.json:
+        settings = {name: getattr(args, name) for name in ("batch", "size", "patch", "turns", "steps", "device")}
+        settings["threads"] = torch.get_num_threads()
+        args.json.write_text(
+            json.dumps(dict(settings, parameters=parameters, seconds=times, ratio=ratio), indent=2) + "\n"
+        )
+    if args.max_ratio and ratio > args.max_ratio:
+        raise UserError(f"LORST takes {ratio:.3f} x the time of plain, more than {args.max_ratio}")
+
+
+if __name__ == "__main__":
+    run(main)

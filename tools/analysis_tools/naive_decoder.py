@@ -1,0 +1,94 @@
+"""The yardstick of the benchmark: AdaMixer's decoder with LORS as one writes it down first.
+
+Every query builds its own B E A, concatenated with the shared weight and summed; every level is sampled and weighted
+on its own, in every stage; every stage and image is matched by its own call of mmdet's assigner. It serves to be slower
+than mmdet_lors.adamixer.AdaMixerDecoder, whose weights and results it shares, and nothing else.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmdet.structures import SampleList
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdet_lors.adamixer import AdaMixerDecoder
+from mmdet_lors.adamixer.boxes import refine_xyzr, xyzr_to_xyxy
+from mmdet_lors.adamixer.decoder import StageOutput
+from mmdet_lors.adamixer.sampling import level_weights
+
+
+class NaiveDecoder(AdaMixerDecoder):
+    """AdaMixer's decoder without any of this project's savings."""
+
+    def forward(self, feats: Sequence[Tensor], xyzr: Tensor, content: Tensor) -> list[StageOutput]:
+        """As the decoder's own forward: one output per stage."""
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            content = stage.attention_norm(stage.attention(content, xyzr))
+            sampled = self.sample(feats, stage.sampling.points(content, xyzr))
+            M, S = self.generate(content, i)
+            x = sampled @ M
+            x = F.relu(F.layer_norm(x, x.shape[-2:]))
+            x = S @ x
+            x = F.relu(F.layer_norm(x, x.shape[-2:])).flatten(2)
+            content = stage.mixing.norm(content + self.project(x, i))
+            content = stage.ffn_norm(stage.ffn(content))
+            cls_score, xyzr = stage.cls_branch(content), refine_xyzr(xyzr, stage.reg_branch(content))
+            outputs.append(StageOutput(cls_score, xyzr, xyzr_to_xyxy(xyzr), content))
+            xyzr = xyzr.detach()
+        return outputs
+
+    def sample(self, feats: Sequence[Tensor], points: Tensor) -> Tensor:
+        """One grid_sample per level, its result times the level's weight."""
+        batch, _, groups, _, _ = points.shape
+        weights = level_weights(points[..., 2], self.featmap_strides)
+        sampled = 0
+        for level, (feat, stride) in enumerate(zip(feats, self.featmap_strides, strict=True)):
+            extent = points.new_tensor([feat.shape[-1] * stride, feat.shape[-2] * stride])
+            grid = (points[..., :2] / extent * 2 - 1).transpose(1, 2).flatten(0, 1)
+            value = F.grid_sample(feat.reshape(batch * groups, -1, *feat.shape[-2:]), grid, align_corners=False)
+            weight = weights[..., level].transpose(1, 2).flatten(0, 1)
+            sampled = sampled + value * weight[:, None]
+        return sampled.unflatten(0, (batch, groups)).permute(0, 3, 1, 4, 2)
+
+    def generate(self, query: Tensor, layer: int) -> list[Tensor]:
+        """M and S: the shared weight and every B E A side by side, then summed."""
+        if self.lorsa is None:
+            return self.stages[layer].mixing.parameter_generator(query)
+        private, weights = self.lorsa.private[layer], []
+        for common, B, E, A in zip(self.lorsa.shared(query), private.B, private.E(query), private.A, strict=True):
+            parts = [common]
+            E = E.unflatten(2, (self.lorsa.copies, private.groups))
+            for k in range(private.groups):
+                rank = slice(k * private.rank, (k + 1) * private.rank)
+                parts.append(B[:, :, rank] @ E[:, :, :, k] @ A[:, rank])
+            weights.append(torch.cat([part.unsqueeze(0) for part in parts]).sum(0))
+        return weights
+
+    def project(self, x: Tensor, layer: int) -> Tensor:
+        """The output projection with its weight formed: shared + B A."""
+        if self.lorst is None:
+            return self.stages[layer].mixing.out_proj(x)
+        private = self.lorst.private[layer]
+        return F.linear(x, self.lorst.shared + private.B @ private.A, self.lorst.bias[layer])
+
+    @torch.no_grad()
+    def assign(self, outputs: Sequence[StageOutput], batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
+        """Stage by stage and image by image, by mmdet's assigner, each call with its own transfer to the host."""
+        labels, targets = [], []
+        for output in outputs:
+            for scores, bboxes, sample in zip(output.cls_score, output.bboxes, batch_data_samples, strict=True):
+                gt = InstanceData(labels=sample.gt_instances.labels, bboxes=sample.gt_instances.bboxes.to(bboxes.dtype))
+                predicted = InstanceData(scores=scores, bboxes=bboxes)
+                found = self.assigner.assign(predicted, gt, img_meta=sample.metainfo)
+                matched = found.gt_inds > 0
+                label = found.gt_inds.new_full((len(bboxes),), self.num_classes)
+                target = torch.zeros_like(bboxes)
+                label[matched] = gt.labels[found.gt_inds[matched] - 1]
+                target[matched] = gt.bboxes[found.gt_inds[matched] - 1]
+                labels.append(label)
+                targets.append(target)
+        shape = (len(outputs), -1)
+        return torch.cat(labels).view(shape), torch.cat(targets).view(*shape, 4)

@@ -1,0 +1,62 @@
+"""Fold a trained AdaMixer with LORS into the plain AdaMixer that it is equal to.
+
+Writes a checkpoint, OUT, and its config beside it, OUT with the ending .py. Both work everywhere a plain AdaMixer does:
+tools/test.py OUT.py OUT.pth. The result is as large as a plain AdaMixer and costs nothing of what LORS adds.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+
+from mmdet_lors.adamixer.folding import folded_config, folded_state_dict
+from mmdet_lors.engine.checkpoint import write_checkpoint
+from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.trained import read_config, read_weights
+from mmdet_lors.errors import UserError
+
+
+def main() -> None:
+    """Check everything first, then fold, then write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of the AdaMixer with LORS")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT.pth", help="checkpoint to write")
+    parser.add_argument(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32", "float64"],
+        default="float32",
+        help="data type in which weights are stored (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    config = args.out.with_suffix(".py")
+    if not args.out.parent.is_dir() or args.out.is_dir() or args.out == config:
+        raise UserError(f"OUT {args.out}: must be a checkpoint file, not .py, in a folder that exists")
+
+    cfg = read_config(args.config)
+    plain = folded_config(cfg.model)
+    if plain is None:
+        raise UserError(f"{args.config}: model.decoder.lors is not set: there is nothing to fold")
+    model = MODELS.build(cfg.model)
+    weights, meta = read_weights(args.checkpoint, model)
+    model.load_state_dict(weights)
+    folded = folded_state_dict(model, getattr(torch, args.dtype))
+    for key, value in folded.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{key} does not fit into {args.dtype}: some values overflow")
+    cfg.model = plain
+    for key in ("work_dir", "launcher"):
+        cfg.pop(key, None)
+    meta = {k: meta[k] for k in ("dataset_meta",) if k in meta}
+    write_checkpoint(dict(meta=dict(meta, cfg=cfg.pretty_text), state_dict=folded), args.out)
+    cfg.dump(config)
+    print(f"wrote {args.out} and {config}")
+
+
+if __name__ == "__main__":
+    run(main)
