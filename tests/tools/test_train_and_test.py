@@ -1,15 +1,13 @@
 """The command-line tools on a tiny data set: train, resume, evaluate, two processes, and what they refuse."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_tool
+from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, refused, run
 
 
 def options(data: Path) -> list[str]:
@@ -20,11 +18,6 @@ def options(data: Path) -> list[str]:
         settings.append(f"{split}_dataloader.dataset.data_root={data}")
         settings += [f"{split}_dataloader.num_workers=0", f"{split}_dataloader.persistent_workers=False"]
     return ["--cfg-options", *settings]
-
-
-def run(*command: str, port: int | None = None) -> subprocess.CompletedProcess:
-    env = dict(os.environ, PYTHON=sys.executable, PORT=str(port or 29500), CUDA_VISIBLE_DEVICES="")
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -115,24 +108,6 @@ def test_test_time_augmentation(trained, tiny_digits, tmp_path):
     assert "Average Precision" in done.stdout
 
 
-def refused(tool: str, arguments: list[str], monkeypatch, capsys) -> str:
-    """The one line that a tool ends with, in this process."""
-    module = load_tool(tool)
-    monkeypatch.setattr(sys, "argv", [tool, *arguments])
-    with pytest.raises(SystemExit) as stop:
-        module.run(module.main)
-    message = str(stop.value.code)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
-
-
-@pytest.fixture
-def work(tmp_path) -> list[str]:
-    """--work-dir of a folder that must not come into being."""
-    yield ["--work-dir", str(tmp_path / "work")]
-    assert not (tmp_path / "work").exists(), "a refused run left something behind"
-
-
 def test_train_refuses_a_missing_config(work, monkeypatch, capsys):
     assert "nothing.py does not exist" in refused("train.py", ["nothing.py", *work], monkeypatch, capsys)
 
@@ -169,10 +144,10 @@ def test_resume_refuses_a_checkpoint_that_is_cut_short(trained, tiny_digits, wor
     assert "it is cut short" in refused("train.py", arguments, monkeypatch, capsys)
 
 
-def test_train_refuses_amp_without_a_gpu(work, monkeypatch, capsys):
+def test_train_refuses_float16_without_a_gpu(work, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = refused("train.py", [str(ROOT / LORS_DIGITS), "--amp", *work], monkeypatch, capsys)
-    assert "--amp needs a GPU" in message
+    message = refused("train.py", [str(ROOT / LORS_DIGITS), "--amp", "float16", *work], monkeypatch, capsys)
+    assert "--amp float16 needs a GPU; a CPU trains with --amp bfloat16" in message
 
 
 def test_test_refuses_a_checkpoint(trained, tiny_digits, work, tmp_path, monkeypatch, capsys):

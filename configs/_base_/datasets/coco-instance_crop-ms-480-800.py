@@ -1,0 +1,29 @@
+# As coco_crop-ms-480-800, with masks.
+_base_ = "mmdet::_base_/datasets/coco_instance.py"
+
+_scales = [(side, 1333) for side in range(480, 801, 32)]
+_resize = dict(type="RandomChoiceResize", scales=_scales, keep_ratio=True)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(
+        type="RandomChoice",
+        transforms=[
+            [_resize],
+            [
+                dict(type="RandomChoiceResize", scales=[(s, 1333) for s in (400, 500, 600)], keep_ratio=True),
+                dict(
+                    type="RandomCrop",
+                    crop_type="absolute_range",
+                    crop_size=(384, 600),
+                    allow_negative_crop=True,
+                ),
+                _resize,
+            ],
+        ],
+    ),
+    dict(type="PackDetInputs"),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+del _scales, _resize

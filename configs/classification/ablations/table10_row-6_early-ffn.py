@@ -1,0 +1,13 @@
+# The paper's cells are lost; ours: one group, but more for early FFNs.
+_base_ = "../deit-tiny-lors_cifar100.py"
+
+model = dict(
+    stacks=[
+        dict(
+            layers="network.blocks",
+            targets=["attn.*", "mlp.*"],
+            rank=32,
+            groups={"attn.*": 1, "mlp.*": [6, 4, 2] + [1] * 9},
+        )
+    ]
+)

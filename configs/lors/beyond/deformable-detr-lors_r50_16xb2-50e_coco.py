@@ -1,0 +1,18 @@
+# mmdet's Deformable DETR with iterative box refinement; LORST in its decoder. Of the deformable attention, the offsets
+# and attention weights stay each layer's own: they start from a fixed pattern, with zero weights.
+_base_ = "mmdet::deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py"
+
+custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)
+model = dict(
+    _delete_=True,
+    type="WithLORS",
+    model=_base_.model,
+    stacks=[
+        dict(
+            layers="decoder.layers",
+            targets=["self_attn.*", "cross_attn.*_proj", "ffn.*"],
+            rank=16,
+            groups=[1, 1, 2, 2, 3, 3],
+        )
+    ],
+)

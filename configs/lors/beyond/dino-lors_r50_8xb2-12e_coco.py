@@ -1,0 +1,17 @@
+# mmdet's DINO with four scales; LORST in its decoder.
+_base_ = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"
+
+custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)
+model = dict(
+    _delete_=True,
+    type="WithLORS",
+    model=_base_.model,
+    stacks=[
+        dict(
+            layers="decoder.layers",
+            targets=["self_attn.*", "cross_attn.*_proj", "ffn.*"],
+            rank=16,
+            groups=[1, 1, 2, 2, 3, 3],
+        )
+    ],
+)

@@ -1,0 +1,11 @@
+# The compressed classifier by itself: evaluates what extract_student.py writes, and fine-tunes (load_from) that or a
+# checkpoint of vit_digits.py, which is compressed as it is loaded.
+_base_ = "../classification/vit_digits.py"
+
+model = dict(
+    _delete_=True,
+    type="PELAModel",
+    model=_base_.model,  # noqa: F821
+    ratio=2,
+    omit=["norm", "head", "patch_embed"],
+)

@@ -1,0 +1,82 @@
+"""Write the student of PELA's intermediate pre-training alone: the compressed model, to fine-tune or to serve.
+
+SRC is a checkpoint of PELADistiller. DST has the names of the compressed classifier (model.type PELAModel); ViTPyramid
+finds its ViT in there. mmdet's SwinTransformer with convert_weights=True reads what --mmdet-swin writes.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mmdet_lors.engine.checkpoint import read_checkpoint, write_checkpoint
+from mmdet_lors.engine.launch import run
+from mmdet_lors.errors import UserError
+
+STUDENT, PATCHES = "student.", "patch_embed.proj.weight"
+
+
+def extract(checkpoint: Mapping, path: str) -> dict[str, Tensor]:
+    """The student's weights, under their own names.
+
+    Raises:
+        UserError: a checkpoint that holds no student.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    student = {key.removeprefix(STUDENT): value for key, value in weights.items() if key.startswith(STUDENT)}
+    if not student:
+        raise UserError(f"checkpoint {path} holds no student: it is not of a PELADistiller")
+    return student
+
+
+def original_swin_names(student: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """A timm Swin's weights under the names of Swin's authors, which mmdet converts to its own, without the classifier.
+
+    timm counts a downsampling to the stage behind it, the authors to the stage before it.
+
+    Raises:
+        UserError: the student is no Swin, or its downsampling is factorised: mmdet reorders its input channels.
+    """
+    prefix = next((key.removesuffix(PATCHES) for key in student if key.endswith(PATCHES)), None)
+    weights = {
+        key.removeprefix(prefix): v for key, v in student.items() if prefix is not None and key.startswith(prefix)
+    }
+    if not any(re.match(r"layers\.\d+\.blocks\.", key) for key in weights):
+        raise UserError(f"--mmdet-swin: the student in {path} is no Swin of timm")
+    if any(key.endswith("downsample.reduction.U") for key in weights):
+        raise UserError("--mmdet-swin: the student's downsample layers are compressed; 'downsample' must be in omit")
+    return {
+        re.sub(r"layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key): value
+        for key, value in weights.items()
+        if not key.startswith("head.")
+    }
+
+
+def main() -> None:
+    """Read, pick, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", help="checkpoint of the distillation")
+    parser.add_argument("dst", type=Path, help="checkpoint to write")
+    parser.add_argument("--mmdet-swin", action="store_true", help="name a Swin's weights for mmdet's SwinTransformer")
+    args = parser.parse_args()
+    if not args.dst.parent.is_dir() or args.dst.is_dir():
+        raise UserError(f"DST {args.dst}: must be a file in a folder that exists")
+    checkpoint = read_checkpoint(args.src)
+    student = extract(checkpoint, args.src)
+    if args.mmdet_swin:
+        student = original_swin_names(student, args.src)
+    meta = checkpoint.get("meta", {})
+    meta = {key: meta[key] for key in ("dataset_meta",) if key in meta}
+    write_checkpoint(dict(meta=meta, state_dict=student), args.dst)
+    print(f"wrote {args.dst}: {len(student)} weights, {sum(v.numel() for v in student.values()):,} values")
+
+
+if __name__ == "__main__":
+    run(main)
