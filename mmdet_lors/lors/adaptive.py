@@ -257,11 +257,11 @@ class LORSA(Servable):
     def begin(self, num_queries: int) -> SharedWeight | list[Block] | None:
         """The shared generator for one pass through all layers, whose gradients for it then add up in one place.
 
-        Blocks for the path 'fold', the weight as one for the others.
+        Blocks for the path 'fold', the weight as one for the others; None for none.
         """
         if self.shared is None:
             return None
-        return self.shared.blocks() if self.chosen_path(num_queries) == "fold" else SharedWeight(self.shared.weight)
+        return self.shared.blocks() if self.chosen_path(num_queries) == "fold" else SharedWeight.of(self.shared.weight)
 
     def forward(
         self, query: Tensor, layer: int, shared: SharedWeight | list[Block] | None = None
@@ -275,10 +275,9 @@ class LORSA(Servable):
         """
         if self.folded is not None:
             return [self._reshape(F.linear(query, *pair), s) for s, pair in enumerate(self.folded[layer])]
-        num_queries = query.shape[:-1].numel()
-        private, path, shared = self.private[layer], self.chosen_path(num_queries), shared or self.begin(num_queries)
+        private, path = self.private[layer], self.chosen_path(query.shape[:-1].numel())
         if path == "fold" and private is not None:
-            blocks = shared or [None] * len(self.shapes)
+            blocks = shared or self._blocks()
             return [
                 self._reshape(recompute(self._generate, query, private, s, block), s) for s, block in enumerate(blocks)
             ]
@@ -291,6 +290,9 @@ class LORSA(Servable):
             return common
         return private.factored(query, common) if path == "features" else private(query, common)
 
+    def _blocks(self) -> list[Block] | list[None]:
+        return [None] * len(self.shapes) if self.shared is None else self.shared.blocks()
+
     @staticmethod
     def _generate(query: Tensor, private: PrivateLORSA, index: int, shared: Block | None) -> Tensor:
         return F.linear(query, *private.fold(index, shared))
@@ -300,8 +302,7 @@ class LORSA(Servable):
 
     def fold_for_serving(self, layer: int) -> list[Block]:
         """Weight (copies * rows * cols, query_dim) and bias of the Linear that generates W_i, one pair per shape."""
-        private = self.private[layer]
-        blocks = self.shared.blocks() if self.shared is not None else [None] * len(self.shapes)
+        private, blocks = self.private[layer], self._blocks()
         if private is None:
             return [(w.detach().flatten(0, 1), b.detach().flatten()) for w, b in blocks]
         return [private.fold(s, block) for s, block in enumerate(blocks)]

@@ -11,7 +11,8 @@ def recompute(function: Callable[..., Tensor], *args: object) -> Tensor:
     """function(*args), whose intermediate results the backward pass computes again instead of keeping them.
 
     Only what leads up to the last thing that the backward pass needs is computed twice: a matrix product at the end of
-    ``function`` runs once. ``function`` must draw no random numbers. torch.compile decides for itself what to recompute.
+    ``function`` runs once. ``function`` must draw no random numbers. Under torch.compile it does nothing: that
+    decides for itself what to recompute.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*args)

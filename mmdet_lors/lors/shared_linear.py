@@ -15,17 +15,20 @@ class SharedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         self.gradient: Tensor | None = None
-        self.collects = torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling()
-        self.weight = _Collect.apply(weight, self) if self.collects else weight
+        self.weight = _Collect.apply(weight, self)
+
+    @staticmethod
+    def of(weight: Tensor) -> "SharedWeight | None":
+        """None where it would not help (no gradient is wanted, half precision) or cannot be (compiled, meta)."""
+        wanted = torch.is_grad_enabled() and weight.requires_grad
+        if not wanted or torch.compiler.is_compiling() or weight.is_meta:
+            return None
+        return None if torch.is_autocast_enabled(weight.device.type) else SharedWeight(weight)
 
     def linear(self, x: Tensor, bias: Tensor | None, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
         """x (W + B A)^T + b. (..., in) -> (..., out); A is (rank, in), B (out, rank)."""
-        if self.collects and not torch.is_autocast_enabled(x.device.type):
-            flat = x.flatten(0, -2)
-            return _SharedLinear.apply(flat, self.weight, bias, A, B, self).unflatten(0, x.shape[:-1])
-        residual = None if A is None else F.linear(F.linear(x, A), B)
-        out = F.linear(x, self.weight, bias)
-        return out if residual is None else out + residual
+        out = _SharedLinear.apply(x.flatten(0, -2), self.weight, bias, A, B, self)
+        return out.unflatten(0, x.shape[:-1])
 
 
 class _Collect(torch.autograd.Function):

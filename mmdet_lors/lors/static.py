@@ -120,8 +120,8 @@ class LORST(Servable):
         return weight.detach(), None if bias is None else bias.detach()
 
     def begin(self) -> SharedWeight | None:
-        """W_shared for one pass through all layers, whose gradients for it then add up in one place."""
-        return None if self.shared is None else SharedWeight(self.shared)
+        """W_shared for one pass through all layers, whose gradients for it then add up in one place; None for none."""
+        return None if self.shared is None else SharedWeight.of(self.shared)
 
     def forward(self, x: Tensor, layer: int, shared: SharedWeight | None = None) -> Tensor:
         """x W_i^T + b_i. (..., in_features) -> (..., out_features).
@@ -136,13 +136,14 @@ class LORST(Servable):
         private, bias = self.private[layer], self.bias[layer] if self.bias is not None else None
         if private is not None and self.chosen_path(x.shape[:-1].numel()) == "fold":
             return F.linear(x, *self.fold(layer))
-        shared = shared or self.begin()
+        if shared is not None:
+            return shared.linear(x, bias) if private is None else shared.linear(x, bias, private.A, private.B)
         if private is None:
-            return shared.linear(x, bias)
-        if shared is None:
-            out = private(x)
-            return out if bias is None else out + bias
-        return shared.linear(x, bias, private.A, private.B)
+            return F.linear(x, self.shared, bias)
+        residual = private(x)
+        if self.shared is None:
+            return residual if bias is None else residual + bias
+        return F.linear(x, self.shared, bias) + residual
 
     def extra_repr(self) -> str:
         shared = self.shared is not None

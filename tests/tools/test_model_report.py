@@ -96,11 +96,11 @@ def test_plain_decoder_by_hand():
 
 
 def test_lors_decoder_by_hand():
-    """K = 1, 1, 2 groups of rank 8: cores E from the query, B E, and (B E) A, for M and S of two sampling groups."""
-    cores, BE, BEA = 64 * 2 * 8 * 8, 32 * 8 * 8 + 32 * 8 * 8, 32 * 8 * 32 + 32 * 8 * 16
+    """K = 1, 1, 2 groups of rank 8: cores E from the query, E A, and B (E A), for M and S of two sampling groups."""
+    cores, EA, BEA = 64 * 2 * 8 * 8, 8 * 8 * 32 + 8 * 8 * 16, 32 * 8 * 32 + 32 * 8 * 16
     expected = COMMON | {
         "LORSA shared": 3 * 20 * 64 * 2 * (32 * 32 + 32 * 16),
-        "LORSA private": (1 + 1 + 2) * 20 * 2 * (cores + BE + BEA),
+        "LORSA private": (1 + 1 + 2) * 20 * 2 * (cores + EA + BEA),
         "LORST shared": 3 * 20 * 2048 * 64,
         "LORST private": 3 * 20 * (2048 * 8 + 8 * 64),
     }

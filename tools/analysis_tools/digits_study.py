@@ -119,7 +119,7 @@ def plot(rows: list[tuple[Variant, int, list[dict]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def page(rows: list[tuple[Variant, int, list[dict]]], epochs: int, jobs: int, picture: str) -> str:
+def page(rows: list[tuple[Variant, int, list[dict]]], epochs: int, jobs: int, picture: str, note: str) -> str:
     """The study as Markdown."""
     runs = sum(len(found) for _, _, found in rows)
     lines = [
@@ -127,7 +127,8 @@ def page(rows: list[tuple[Variant, int, list[dict]]], epochs: int, jobs: int, pi
         "",
         f"Made by `python tools/analysis_tools/digits_study.py --epochs {epochs} --jobs {jobs}` on {date.today()}; "
         f"{machine()}, {jobs} runs side by side with one thread each; {runs} runs of {epochs} epochs, "
-        f"{sum(r['seconds'] for _, _, found in rows for r in found) / 3600:.1f} hours of training in all.",
+        f"{sum(r['seconds'] for _, _, found in rows for r in found) / 3600:.1f} hours of training in all. "
+        f"{note}".rstrip(),
         "",
         "| variant | | decoder parameters | AP (seed 0, seed 1) | AP50 | training, s |",
         "|---|---|---|---|---|---|",
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/digits_study"), help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/digits_study.md", help="(default: %(default)s)")
+    parser.add_argument("--note", default="", help="a sentence for the page, on how it was run")
     args = parser.parse_args()
     if min(args.epochs, args.jobs) < 1:
         raise UserError("--epochs and --jobs must be 1 or more")
@@ -183,7 +185,7 @@ def main() -> None:
     rows = [(v, decoder_parameters(v), [results[v.name, s] for s in v.seeds]) for v in VARIANTS]
     picture = args.out.with_suffix(".png")
     plot(rows, picture)
-    args.out.write_text(page(rows, args.epochs, args.jobs, picture.name))
+    args.out.write_text(page(rows, args.epochs, args.jobs, picture.name, args.note))
     print(f"wrote {args.out} and {picture}")
 
 

@@ -1,0 +1,136 @@
+"""Exporting to ONNX: the file gives what the trained detector gives, and what cannot be exported is refused."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import LORS_DIGITS, load_config, load_tool, random_lors, refused
+from mmdet.structures import DetDataSample
+from torch import nn
+
+from mmdet_lors.adamixer.export import TensorDetector
+from mmdet_lors.errors import UserError
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+TOOL = "deployment/export_onnx.py"
+SIZE = (96, 64)
+
+
+def spread_out(model):
+    """Boxes, scores and sampling points that differ from query to query and image to image."""
+    for stage in model.decoder.stages:
+        for layer, std in ((stage.reg_branch[-1], 0.02), (stage.sampling.offset, 0.05), (stage.cls_branch[-1], 0.3)):
+            nn.init.normal_(layer.weight, std=std)
+    return model
+
+
+def predictions(model, images):
+    """What mmdet predicts for RGB images as it reads them: uint8, BGR, through the data preprocessor."""
+    height, width = images.shape[-2:]
+    meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
+    samples = [DetDataSample(metainfo=meta) for _ in images]
+    return [s.pred_instances for s in model.test_step(dict(inputs=list(images.flip(1).byte()), data_samples=samples))]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, root):
+    """LORS on the digits, its checkpoint, and the file that the tool wrote, dynamic in the batch."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    model = spread_out(random_lors(load_config(LORS_DIGITS).model))
+    torch.save(dict(state_dict=model.state_dict()), folder / "lors.pth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        arguments = [LORS_DIGITS, folder / "lors.pth", folder / "lors.onnx", "--size", "96x64"]
+        patch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
+        load_tool(TOOL).main()
+    assert sorted(p.name for p in folder.iterdir()) == ["lors.onnx", "lors.pth"]
+    return model, folder
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_file_predicts_what_mmdet_predicts(batch, exported):
+    model, folder = exported
+    images = torch.randint(256, (batch, 3, *SIZE[::-1])).float()
+    session = onnxruntime.InferenceSession(folder / "lors.onnx")
+    outputs = session.run(["boxes", "scores", "labels"], {"images": images.numpy()})
+    assert [o.shape for o in outputs] == [(batch, 20, 4), (batch, 20), (batch, 20)]
+    for expected, boxes, scores, labels in zip(
+        predictions(model, images), *map(torch.from_numpy, outputs), strict=True
+    ):
+        assert expected.bboxes.std(dim=0).min() > 1 and expected.scores.std() > 1e-2
+        assert torch.equal(labels, expected.labels)
+        assert torch.allclose(scores, expected.scores, atol=1e-3)
+        assert torch.allclose(boxes, expected.bboxes, atol=0.1)
+
+
+def test_file_holds_the_folded_decoder_alone(exported):
+    _, folder = exported
+    graph = onnx.load(folder / "lors.onnx").graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert not [w.name for w in graph.initializer if "lors" in w.name]
+
+
+def test_a_file_of_other_weights_is_refused_and_removed(exported, tmp_path, monkeypatch, root):
+    model, folder = exported
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights["decoder.stages.2.reg_branch.3.bias"][0] += 0.05
+    torch.save(dict(state_dict=weights), tmp_path / "other.pth")
+    monkeypatch.chdir(root)
+    tool = load_tool(TOOL)
+    monkeypatch.setattr(tool, "export", lambda model, path, *_: shutil.copy(folder / "lors.onnx", path))
+    arguments = [LORS_DIGITS, tmp_path / "other.pth", tmp_path / "other.onnx", "--size", "96x64"]
+    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
+    with pytest.raises(UserError, match=r"the export differs from PyTorch at batch 1: scores by .*, boxes by"):
+        tool.main()
+    assert [p.name for p in tmp_path.iterdir()] == ["other.pth"]
+
+
+@pytest.mark.parametrize("preprocessor", [dict(bgr_to_rgb=True), dict(mean=[1, 2, 3], std=[4, 5, 6]), {}])
+def test_images_are_normalised_as_mmdet_does(preprocessor):
+    cfg = load_config(LORS_DIGITS).model
+    cfg.data_preprocessor = dict(type="DetDataPreprocessor", **preprocessor)
+    model = spread_out(random_lors(cfg))
+    images = torch.randint(256, (2, 3, 64, 64)).float()
+    with torch.no_grad():
+        found = TensorDetector(model, cfg.data_preprocessor)(images)
+    for expected, boxes, scores, labels in zip(predictions(model, images), *found, strict=True):
+        assert torch.equal(labels, expected.labels)
+        assert torch.allclose(scores, expected.scores, atol=1e-4)
+        assert torch.allclose(boxes, expected.bboxes, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("out.onnx", ["--size", "100x64"], "--size '100x64' must be WIDTHxHEIGHT, both multiples of 32"),
+        ("out.onnx", ["--size", "0x64"], "--size '0x64' must be WIDTHxHEIGHT, both multiples of 32"),
+        ("out.onnx", ["--size", "64"], "--size '64' must be WIDTHxHEIGHT, both multiples of 32"),
+        ("out.onnx", ["--fixed-batch", "0"], "--fixed-batch 0 must be 1 or more"),
+        ("out.onnx", ["--opset", "11"], "--opset 11 must be 18 or more"),
+        ("out.pth", [], "must be an .onnx file in a folder that exists"),
+        ("none/out.onnx", [], "must be an .onnx file in a folder that exists"),
+        ("out.onnx", [], "checkpoint none.pth does not exist"),
+    ],
+)
+def test_refuses_and_leaves_nothing_behind(out, options, message, tmp_path, monkeypatch, root, capsys):
+    monkeypatch.chdir(root)
+    assert message in refused(TOOL, [LORS_DIGITS, "none.pth", str(tmp_path / out), *options], monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_says_what_to_install(tmp_path, monkeypatch, root, capsys):
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("importlib.util.find_spec", _without("onnxruntime"))
+    message = refused(TOOL, [LORS_DIGITS, "none.pth", str(tmp_path / "out.onnx")], monkeypatch, capsys)
+    assert "missing: onnxruntime; install" in message and "pip install mmdet_lors[export]" in message
+
+
+def _without(name):
+    """importlib's ``find_spec`` in an environment that lacks a package."""
+    find_spec = __import__("importlib.util").util.find_spec
+    return lambda wanted, *args: None if wanted == name else find_spec(wanted, *args)
