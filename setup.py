@@ -27,5 +27,8 @@ setup(
         "pycocotools>=2.0.6",
         "timm>=0.9",
     ],
-    extras_require={"tests": ["pytest>=7", "ruff>=0.6"]},
+    extras_require={
+        "tests": ["pytest>=7", "ruff>=0.6"],
+        "export": ["torch>=2.6", "onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+    },
 )

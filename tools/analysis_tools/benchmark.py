@@ -248,7 +248,7 @@ def matching(args: argparse.Namespace, queries: int) -> dict[str, list[float]]:
     return interleaved(cases, 4 * args.repeats)
 
 
-GROWTH = {"queries": [50, 100, 200, 400, 800, 1200], "stages": [1, 2, 4, 8, 12], "batch": [1, 2, 4, 8, 16]}
+GROWTH = {"queries": [50, 200, 600, 1200], "stages": [1, 3, 6, 12], "batch": [1, 4, 16]}
 
 
 def growth(args: argparse.Namespace) -> dict[str, list[dict]]:

@@ -1,0 +1,48 @@
+"""The detector as a function from a tensor to tensors, which is what exporters trace and servers call."""
+
+import torch
+from torch import Tensor, nn
+
+from .detector import QueryBased
+
+
+class TensorDetector(nn.Module):
+    """Images in, detections out; what mmdet does around the network is inside.
+
+    Every image counts as full, so that a batch needs no data samples.
+
+    Args:
+        detector: the network.
+        data_preprocessor: the model config's field of that name. mmdet reads images as BGR: where this field changes
+            their channel order, the network sees RGB, else BGR.
+    """
+
+    def __init__(self, detector: QueryBased, data_preprocessor: dict) -> None:
+        super().__init__()
+        self.detector = detector
+        self.sees_bgr = not (data_preprocessor.get("bgr_to_rgb") or data_preprocessor.get("rgb_to_bgr"))
+        for name, neutral in (("mean", 0.0), ("std", 1.0)):
+            values = data_preprocessor.get(name) or [neutral] * 3
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detections as :meth:`AdaMixerDecoder.predict` makes them, best first.
+
+        Args:
+            images: (B, 3, H, W), RGB, 0 to 255.
+
+        Returns:
+            With k = min(max_per_img, N * num_classes): boxes (x1, y1, x2, y2) in input pixels (B, k, 4), scores (B, k)
+            and labels (B, k).
+        """
+        batch, decoder = images.shape[0], self.detector.decoder
+        if self.sees_bgr:
+            images = images.flip(1)
+        feats = self.detector.extract_feat((images - self.mean) / self.std)
+        # The start is the same for all images; a list of B sizes would fix the batch while an export traces.
+        xyzr, content = (x.expand(batch, -1, -1) for x in self.detector.query_generator([images.shape[-2:]]))
+        output = decoder(feats, xyzr, content)[-1]
+        scores = output.cls_score.sigmoid().flatten(1)
+        scores, index = scores.topk(min(decoder.max_per_img, scores.shape[1]))
+        queries = (index // decoder.num_classes)[..., None].expand(-1, -1, 4)
+        return output.bboxes.gather(1, queries), scores, index % decoder.num_classes

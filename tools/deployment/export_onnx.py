@@ -1,0 +1,195 @@
+"""Write a trained AdaMixer, plain or with LORS, as one ONNX file, and check that file against PyTorch.
+
+LORS is folded away first, so that the file holds the plain AdaMixer that it is equal to. The file maps
+
+  images  float32 (B, 3, H, W)   RGB, 0 to 255; the config's normalisation is inside
+  boxes   float32 (B, k, 4)      x1, y1, x2, y2 in input pixels
+  scores  float32 (B, k)         best first
+  labels  int64   (B, k)         k = test_cfg.max_per_img; over queries x classes, no NMS
+
+Every image counts as filling the whole input: resize it to W x H. The batch is dynamic, the size is not.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from torch import Tensor
+
+from mmdet_lors.adamixer.export import TensorDetector
+from mmdet_lors.adamixer.folding import folded_config, folded_state_dict
+from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.trained import read_config, read_weights
+from mmdet_lors.errors import UserError
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+STRIDE = 32
+"""Both sides of the input are multiples of it: the largest stride of a backbone."""
+OPSET = 18
+"""The version that PyTorch's exporter writes by itself; later ones are converted from it."""
+OUTPUTS = ["boxes", "scores", "labels"]
+TOLERANCE = 1e-3
+"""Of scores, and of boxes as a share of the input's longer side."""
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'1280x800' -> (1280, 800).
+
+    Raises:
+        UserError: anything else, or a side that is no multiple of 32.
+    """
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    size = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(size) or any(side % STRIDE for side in size):
+        raise UserError(f"--size {text!r} must be WIDTHxHEIGHT, both multiples of {STRIDE}, such as 1280x800")
+    return size
+
+
+def build(cfg: Config, checkpoint: str) -> tuple[TensorDetector, TensorDetector]:
+    """The trained detector as it is, for comparison, and the one to export: folded, sampling by grid_sample.
+
+    Raises:
+        UserError: a checkpoint that cannot be read or does not fit.
+    """
+    model_cfg = cfg.model
+    model_cfg.decoder.update(sampling="auto", compile=False)
+    trained = MODELS.build(model_cfg)
+    weights, _ = read_weights(checkpoint, trained)
+    trained.load_state_dict(weights)
+    plain = MODELS.build(folded_config(model_cfg) or model_cfg)
+    plain.load_state_dict(folded_state_dict(trained))
+    plain.decoder.sampling = "grid_sample"
+    preprocessor = model_cfg.get("data_preprocessor") or {}
+    return TensorDetector(trained, preprocessor).eval(), TensorDetector(plain, preprocessor).eval()
+
+
+def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
+    """Trace the model and write it; ``batch`` None leaves the batch dynamic.
+
+    Raises:
+        UserError: something in the model has no ONNX counterpart, or not in this opset.
+    """
+    width, height = size
+    images = torch.zeros(batch or 2, 3, height, width)
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=OUTPUTS,
+                dynamic_shapes=None if batch else {"images": {0: torch.export.Dim("batch")}},
+                opset_version=opset,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"this model cannot be exported to opset {opset}: {reason}") from error
+    if program.model.opset_imports[""] != opset:
+        raise UserError(f"--opset {opset}: this model cannot be converted to it; {OPSET} works")
+    program.save(path, external_data=False)
+
+
+def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) -> tuple[float, float]:
+    """Run a file in onnxruntime on random images and compare it with PyTorch.
+
+    The scores must agree in order. A box may trade places with one of nearly the same score, hence it is compared
+    with all boxes that PyTorch has for its label and score, which are those of every query.
+
+    Returns:
+        The largest difference of scores, and of boxes in pixels.
+
+    Raises:
+        UserError: a file that onnxruntime cannot run, or a difference above the tolerance.
+    """
+    import onnxruntime
+
+    images = torch.rand(batch, 3, *size[::-1], generator=torch.Generator().manual_seed(0)) * 255
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        found = session.run(OUTPUTS, {"images": images.numpy()})
+    except Exception as error:  # onnxruntime's errors have no common class of their own
+        raise UserError(f"onnxruntime cannot run the export at batch {batch}: {str(error).splitlines()[0]}") from error
+    boxes, scores, labels = map(torch.from_numpy, found)
+    decoder = model.detector.decoder
+    kept, decoder.max_per_img = decoder.max_per_img, decoder.num_classes * model.detector.query_generator.num_queries
+    try:
+        with torch.no_grad():
+            expected = model(images)
+    finally:
+        decoder.max_per_img = kept
+    k = min(kept, expected[1].shape[1])
+    if scores.shape != (batch, k):
+        raise UserError(f"the export differs from PyTorch: scores of shape {tuple(scores.shape)} at batch {batch}")
+    by_score = (scores - expected[1][:, :k]).abs().max().item()
+    by_box = max(map(_box_difference, zip(boxes, scores, labels, strict=True), zip(*expected, strict=True)))
+    if not (by_score <= TOLERANCE and by_box <= TOLERANCE * max(size)):
+        raise UserError(
+            f"the export differs from PyTorch at batch {batch}: scores by {by_score:.2g}, boxes by {by_box:.2g} pixels"
+        )
+    return by_score, by_box
+
+
+def _box_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Largest distance from a box of one image to the nearest one of its label and score; inf where there is none."""
+    boxes, scores, labels = found
+    all_boxes, all_scores, all_labels = expected
+    distance = torch.cdist(boxes, all_boxes, p=torch.inf)
+    same = (labels[:, None] == all_labels) & ((scores[:, None] - all_scores).abs() <= TOLERANCE)
+    return distance.masked_fill(~same, torch.inf).amin(dim=1).max().item()
+
+
+def main() -> None:
+    """Check the arguments, export beside OUT, compare, and only then rename to OUT."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of the AdaMixer, with or without LORS")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT.onnx", help="file to write")
+    parser.add_argument(
+        "--size", default="1280x800", metavar="WxH", help="input size, multiples of 32 (default: %(default)s)"
+    )
+    parser.add_argument("--fixed-batch", type=int, metavar="B", help="fix the batch, for runtimes that want it so")
+    parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
+    args = parser.parse_args()
+    size = parse_size(args.size)
+    if args.fixed_batch is not None and args.fixed_batch < 1:
+        raise UserError(f"--fixed-batch {args.fixed_batch} must be 1 or more")
+    if args.opset < OPSET:
+        raise UserError(f"--opset {args.opset} must be {OPSET} or more")
+    if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix != ".onnx":
+        raise UserError(f"OUT {args.out}: must be an .onnx file in a folder that exists")
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        raise UserError(f"missing: {', '.join(missing)}; install what exporting needs: pip install mmdet_lors[export]")
+
+    trained, plain = build(read_config(args.config), args.checkpoint)
+    unfinished = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
+    try:
+        export(plain, unfinished, size, args.fixed_batch, args.opset)
+        for batch in [args.fixed_batch] if args.fixed_batch else [1, 3]:
+            by_score, by_box = check(unfinished, trained, size, batch)
+            print(f"onnxruntime at batch {batch}: scores within {by_score:.1e}, boxes within {by_box:.1e} pixels")
+        unfinished.replace(args.out)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
