@@ -282,7 +282,7 @@ class LORSA(Servable):
                 self._reshape(recompute(self._generate, query, private, s, block), s) for s, block in enumerate(blocks)
             ]
         common = None
-        if isinstance(shared, SharedWeight):
+        if isinstance(shared, SharedWeight) and not torch.compiler.is_compiling():
             common = split(shared.linear(query, self.shared.bias), self.shapes, self.copies)
         elif self.shared is not None:
             common = self.shared(query)

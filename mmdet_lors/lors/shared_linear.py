@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class SharedWeight:
-    """One forward pass's view of a shared weight, (out, in), and the buffer in which its gradient adds up."""
+    """One forward pass's view of a shared weight, (out, in), and the buffer in which its gradient adds up.
+
+    Not within what torch.compile compiles, which cannot trace a buffer that backward passes write to.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.gradient: Tensor | None = None

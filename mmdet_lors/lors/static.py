@@ -136,7 +136,7 @@ class LORST(Servable):
         private, bias = self.private[layer], self.bias[layer] if self.bias is not None else None
         if private is not None and self.chosen_path(x.shape[:-1].numel()) == "fold":
             return F.linear(x, *self.fold(layer))
-        if shared is not None:
+        if shared is not None and not torch.compiler.is_compiling():
             return shared.linear(x, bias) if private is None else shared.linear(x, bias, private.A, private.B)
         if private is None:
             return F.linear(x, self.shared, bias)

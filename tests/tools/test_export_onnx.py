@@ -68,11 +68,13 @@ def test_file_predicts_what_mmdet_predicts(batch, exported):
         assert torch.allclose(boxes, expected.bboxes, atol=0.1)
 
 
-def test_file_holds_the_folded_decoder_alone(exported):
-    _, folder = exported
+def test_file_holds_the_folded_weights_of_every_stage(exported):
+    model, folder = exported
     graph = onnx.load(folder / "lors.onnx").graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert not [w.name for w in graph.initializer if "lors" in w.name]
+    shapes = [sorted(weight.dims) for weight in graph.initializer]
+    generator, out_proj = [64, 2 * (32 * 32 + 32 * 16)], [64, 2 * 32 * 32]
+    assert shapes.count(generator) == shapes.count(out_proj) == len(model.decoder.stages)
 
 
 def test_a_file_of_other_weights_is_refused_and_removed(exported, tmp_path, monkeypatch, root):
