@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Mapping
 
 import torch
-from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -23,7 +22,6 @@ def read_config(path: str) -> Config:
     cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
     if cfg.get("model", {}).get("decoder") is None:
         raise UserError(f"config {path} has no model.decoder: it is no AdaMixer")
-    register_all_modules()
     return cfg
 
 
