@@ -4,9 +4,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import mmcv
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -62,6 +64,23 @@ def run(*command: str, port: int | None = None) -> subprocess.CompletedProcess:
     """A command in the project's folder, without a GPU."""
     env = dict(os.environ, PYTHON=sys.executable, PORT=str(port or 29500), CUDA_VISIBLE_DEVICES="")
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def call_tool(monkeypatch, root) -> Callable:
+    """A tool's main() with arguments, in this process and the project's folder."""
+
+    def call(tool: str, *arguments) -> None:
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
+        load_tool(tool).main()
+
+    return call
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a PNG that shows something."""
+    return path.read_bytes().startswith(b"\x89PNG") and mmcv.imread(str(path)).std() > 1
 
 
 def refused(tool: str, arguments: list[str], monkeypatch, capsys) -> str:

@@ -1,14 +1,43 @@
-"""What the studies on embedded data share: runs of the tools, and the machine that they ran on."""
+"""What the studies on embedded data share: runs of the tools that are not repeated, side by side, and their tables."""
 
+import argparse
+import json
 import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from functools import cache
 from pathlib import Path
+from threading import Lock
+from typing import TypeVar
+
+from mmengine.config import Config
 
 from mmdet_lors.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+Run = TypeVar("Run")
+_READING = Lock()
+"""mmengine cannot read two configs at once."""
+
+
+@cache
+def read(config: str) -> Config:
+    """A config below the project's folder, read once; not to be changed."""
+    with _READING:
+        return Config.fromfile(ROOT / config)
+
+
+def add_study_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options that all studies have: how many runs at a time, where they are, and the page."""
+    work, page = Path("work_dirs") / name, ROOT / "docs" / f"{name}.md"
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--work-dir", type=Path, default=work, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=page, help="(default: %(default)s)")
 
 
 def call(*command: str, log: Path) -> None:
@@ -29,3 +58,79 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def once(folder: Path, work: Callable[[], dict]) -> dict:
+    """What this run found: read from its folder's result.json, which only a run that has finished leaves there."""
+    result = folder / "result.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = work()
+    result.write_text(json.dumps(outcome) + "\n")
+    return outcome
+
+
+def train(config: str, folder: Path, options: Sequence[str]) -> float:
+    """Train into a folder.
+
+    Args:
+        config: below the project's folder.
+        options: of --cfg-options.
+
+    Returns:
+        Seconds by the clock, starting and loading included.
+
+    Raises:
+        UserError: see :func:`call`.
+    """
+    begin = time.monotonic()
+    call("tools/train.py", config, "--work-dir", str(folder), "--cfg-options", *options, log=folder / "log.txt")
+    return time.monotonic() - begin
+
+
+def evaluate(config: str, checkpoint: Path, folder: Path, options: Sequence[str] = ()) -> dict:
+    """Evaluate a checkpoint; logs go to the folder.
+
+    Returns:
+        The evaluator's metrics.
+
+    Raises:
+        UserError: see :func:`call`.
+    """
+    metrics = folder / "metrics.json"
+    arguments = [str(checkpoint), "--metrics", str(metrics), "--work-dir", str(folder / "test")]
+    arguments += ["--cfg-options", *options] if options else []
+    call("tools/test.py", config, *arguments, log=folder / "log.txt")
+    return json.loads(metrics.read_text())
+
+
+def last_epoch_only(epochs: int) -> list[str]:
+    """--cfg-options that keep the last epoch's checkpoint alone, and leave evaluation to :func:`evaluate`."""
+    checkpoint = "default_hooks.checkpoint"
+    return [f"train_cfg.val_interval={epochs + 1}", f"{checkpoint}.interval={epochs}", f"{checkpoint}.save_best=None"]
+
+
+def side_by_side(task: Callable[[Run], dict], runs: Iterable[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
+    """Each run with what the task found, in their order, ``jobs`` of them at a time."""
+    runs = list(runs)
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from zip(runs, pool.map(task, runs), strict=True)
+
+
+def made_by(name: str, options: str, jobs: int) -> str:
+    """How a page begins: the command, the day, the machine."""
+    command = f"python tools/analysis_tools/{name}.py {options}"
+    side = f"{jobs} runs side by side with one thread each"
+    return f"Made by `{command}` on {date.today()}; {machine()}, {side}"
+
+
+def link(config: str) -> str:
+    """To a config, from a page in docs/."""
+    return f"[{Path(config).stem}](../{config})"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]

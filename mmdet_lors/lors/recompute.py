@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """function(*args), whose intermediate results the backward pass computes again instead of keeping them.
+    """``function(*args)``, whose intermediate results the backward pass computes again instead of keeping them.
 
     Only what leads up to the last thing that the backward pass needs is computed twice: a matrix product at the end of
     ``function`` runs once. ``function`` must draw no random numbers. Under torch.compile it does nothing: that

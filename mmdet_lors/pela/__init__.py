@@ -4,6 +4,7 @@ from .compressed import build_compressed, build_compressed_backbone
 from .distiller import PELADistiller
 from .losses import FeatureDistillationLoss, WeightPerturbationLoss
 from .low_rank import OMIT, CompressedLayer, LowRankLinear, compress, decompress
+from .vit_maps import ViTMaps
 from .vit_pyramid import ViTPyramid
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "FeatureDistillationLoss",
     "LowRankLinear",
     "PELADistiller",
+    "ViTMaps",
     "ViTPyramid",
     "WeightPerturbationLoss",
     "build_compressed",

@@ -11,6 +11,11 @@ from .low_rank import LowRankLinear
 READINGS = ("code", "paper")
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions in float32; float64 stays what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _check_reading(reading: str) -> None:
     if reading not in READINGS:
         raise ValueError(f"reading must be one of {', '.join(READINGS)}, got {reading!r}")
@@ -42,7 +47,7 @@ class FeatureDistillationLoss(nn.Module):
         self.loss_weight, self.reading = loss_weight, reading
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Tokens of either, one (B, ..., channels) per block -> a scalar, in float32. The teacher gets no gradient.
+        """Either's tokens, one (B, ..., channels) per block -> a scalar, in float32 or more. No gradient to the teacher.
 
         Raises:
             ValueError: another number of blocks, or tokens of another shape.
@@ -55,7 +60,7 @@ class FeatureDistillationLoss(nn.Module):
                 raise ValueError(
                     f"block {i}: the student's tokens are {tuple(s.shape)}, the teacher's {tuple(t.shape)}"
                 )
-            squares = (s.float() - t.detach().float()).square()
+            squares = (at_least_float32(s) - at_least_float32(t.detach())).square()
             total = total + (squares.mean() if self.reading == "code" else squares.sum() / (2 * len(s)))
         return self.loss_weight * total / len(student)
 
@@ -89,7 +94,7 @@ class WeightPerturbationLoss(nn.Module):
         self.loss_weight, self.eps, self.reading = loss_weight, eps, reading
 
     def forward(self, pairs: Iterable[tuple[LowRankLinear, Tensor]]) -> Tensor:
-        """(low-rank layer, the weight (out, in) it stands for) -> a scalar, in float32 also under autocast."""
+        """(low-rank layer, the weight (out, in) it stands for) -> a scalar, in float32 or more also under autocast."""
         distances = torch.stack([largest_perturbation(layer, weight) for layer, weight in pairs]) - self.eps
         return self.loss_weight * (distances.square().mean() if self.reading == "code" else distances.sum())
 
@@ -97,7 +102,7 @@ class WeightPerturbationLoss(nn.Module):
 def largest_perturbation(layer: LowRankLinear, weight: Tensor) -> Tensor:
     """The largest absolute entry of V U^T - W, a scalar that U and V get a gradient from. W is (out, in)."""
     with torch.autocast(weight.device.type, enabled=False):
-        U, V, weight = layer.U.float(), layer.V.float(), weight.detach().float()
+        U, V, weight = (at_least_float32(factor) for factor in (layer.U, layer.V, weight.detach()))
         with torch.no_grad():
             worst = torch.addmm(weight, V, U.T, beta=-1).abs_().argmax()
         row = torch.div(worst, weight.shape[1], rounding_mode="floor")

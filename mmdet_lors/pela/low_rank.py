@@ -157,6 +157,10 @@ class LowRankLinear(nn.Module):
         linear.bias = self.bias
         return linear
 
+    def loads_instead(self) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+        """Keys of its own, and name -> shape of what a state dict may hold in their place."""
+        return ("U", "V"), {"weight": (self.out_features, self.in_features)}
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         weight = state_dict.get(prefix + "weight")
         if weight is not None and prefix + "U" not in state_dict:

@@ -15,7 +15,7 @@ def block_names(model: nn.Module, pattern: str = BLOCKS) -> list[str]:
 
     Args:
         model: any module.
-        pattern: regular expression that the whole name matches; ``(.+\\.)?layer\\.\\d+`` for
+        pattern: regular expression that the whole name matches; ``(.+\\.)?layers?\\.\\d+`` for
             transformers' BERT and ViT.
 
     Raises:

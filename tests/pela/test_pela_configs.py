@@ -41,6 +41,8 @@ DETECTORS = {
     "adamixer-lors_pela-swin_digits": ((1_174_524, 505_702), (1_034_812, 365_990), 12),
 }
 DIGITS = {"pela-distiller_vit_digits", "pela_vit_digits"}
+SEGMENTORS = {f"upernet_pela-{name}_8xb2-160k_ade20k-512x512" for name in ("deit-base", "swin-base")}
+"""In tests/pela/test_segmentation.py: they need mmsegmentation."""
 
 
 @cache
@@ -66,7 +68,8 @@ def low_rank(model: nn.Module) -> list[LowRankLinear]:
 
 
 def test_every_config_is_here():
-    assert {path.stem for path in (ROOT / "configs/pela").glob("*.py")} == {*DISTILLERS, *DETECTORS, *DIGITS}
+    files = {path.stem for path in (ROOT / "configs/pela").glob("*.py")}
+    assert files == {*DISTILLERS, *DETECTORS, *DIGITS, *SEGMENTORS}
 
 
 @pytest.mark.parametrize("name", [*DISTILLERS, *DETECTORS, *DIGITS])

@@ -14,10 +14,9 @@ import resource
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -35,7 +34,7 @@ from mmengine.structures import InstanceData
 from naive_decoder import NaiveDecoder
 from torch import nn
 
-from mmdet_lors.analysis.study import machine
+from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.serving import serve
@@ -153,8 +152,9 @@ class Case:
         tensors = [*self.model.parameters(), *(self.feats or ())]
         for tensor in tensors:
             tensor.grad = None
-        self._wait()
-        begin = time.perf_counter()
+        return seconds(self._work, self.device)
+
+    def _work(self) -> None:
         with torch.set_grad_enabled(self.work != "inference"):
             feats = self.feats or self.model.extract_feat(self.images)
             queries = self.model.query_generator([s.metainfo["img_shape"] for s in self.samples])
@@ -166,28 +166,6 @@ class Case:
         if self.optimizer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
-        self._wait()
-        return time.perf_counter() - begin
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def interleaved(cases: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every round of every case, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for i in range(repeats + 1):
-        for name, case in cases.items():
-            took = case()
-            if i:
-                seconds[name].append(took)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds."""
-    return median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
 
 
 def speed(args: argparse.Namespace, names: list[str], **fixed: object) -> dict[str, list[float]]:
@@ -220,12 +198,12 @@ def run_alone(request: str) -> None:
     """What the process of :func:`alone` does."""
     fixed = json.loads(request)
     case = Case(**dict(fixed, size=tuple(fixed["size"])))
-    seconds = median([case() for _ in range(3)][1:])
+    taken = median([case() for _ in range(3)][1:])
     if fixed["device"] == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(dict(seconds=seconds, peak=peak / 1e9)))
+    print(json.dumps(dict(seconds=taken, peak=peak / 1e9)))
 
 
 def matching(args: argparse.Namespace, queries: int) -> dict[str, list[float]]:
@@ -237,14 +215,8 @@ def matching(args: argparse.Namespace, queries: int) -> dict[str, list[float]]:
             start = case.model.query_generator([s.metainfo["img_shape"] for s in case.samples])
             outputs = case.model.decoder(case.feats, *start)
 
-        def timed(case: Case = case, outputs: list = outputs) -> float:
-            case._wait()
-            begin = time.perf_counter()
-            case.model.decoder.assign(outputs, case.samples)
-            case._wait()
-            return time.perf_counter() - begin
-
-        cases[label] = timed
+        assign = partial(case.model.decoder.assign, outputs, case.samples)
+        cases[label] = partial(seconds, assign, args.device)
     return interleaved(cases, 4 * args.repeats)
 
 
@@ -278,12 +250,9 @@ def attention_share(args: argparse.Namespace, queries: int) -> float:
         forward = attention.forward
 
         def timed(*inputs: torch.Tensor) -> torch.Tensor:
-            case._wait()
-            begin = time.perf_counter()
-            out = forward(*inputs)
-            case._wait()
-            spent.append(time.perf_counter() - begin)
-            return out
+            outputs: list[torch.Tensor] = []
+            spent.append(seconds(lambda: outputs.append(forward(*inputs)), args.device))
+            return outputs[0]
 
         attention.forward = timed
 
@@ -306,11 +275,11 @@ def speed_section(args: argparse.Namespace, results: dict) -> list[str]:
     for level in args.level:
         for work in args.work:
             columns = [(n, b) for b in args.batch for n in args.queries]
-            seconds = {c: speed(args, args.variants, work=work, queries=c[0], batch=c[1], level=level) for c in columns}
-            names = [name for name in args.variants if name in seconds[columns[0]]]
+            times = {c: speed(args, args.variants, work=work, queries=c[0], batch=c[1], level=level) for c in columns}
+            names = [name for name in args.variants if name in times[columns[0]]]
             header, rows = [f"{level}: {WORKS[work]}"], [[name] for name in names]
             for column in columns:
-                found = seconds[column]
+                found = times[column]
                 bases = [b for b in (BASE, "naive plain 2x64", "naive LORS") if b in names]
                 header += [f"{column[0]} queries, batch {column[1]}: s", *(f"/ {b}" for b in bases)]
                 for row in rows:
@@ -393,11 +362,6 @@ def growth_section(args: argparse.Namespace, results: dict, picture: Path | None
 
 
 SECTIONS = {"speed": speed_section, "memory": memory_section, "matching": matching_section}
-
-
-def hardware(device: str) -> str:
-    """What ran it."""
-    return torch.cuda.get_device_name() if device == "cuda" else machine()
 
 
 def image_size(text: str) -> tuple[int, int]:

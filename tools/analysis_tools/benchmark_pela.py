@@ -7,9 +7,9 @@ are a hard case: their singular values fall slowly, so that much is cut off and 
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mmdet_lors.analysis.study import machine
+from mmdet_lors.analysis.timing import hardware, interleaved, seconds
 from mmdet_lors.classification.classifier import create_network
 from mmdet_lors.classification.pretrained import read_weights
 from mmdet_lors.engine.checkpoint import check_fit
@@ -50,29 +50,14 @@ class Factorisation:
     error: float
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes."""
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
-def interleaved(
+def compare(
     original: Callable[[], object], compressed: Callable[[], object], repeats: int, device: torch.device
 ) -> Pair:
     """Both in turn, after one call of each that does not count."""
-    original(), compressed()
-    times = [(seconds(original, device), seconds(compressed, device)) for _ in range(repeats)]
-    return Pair(*(median(side) for side in zip(*times, strict=True)))
+    sides = dict(original=original, compressed=compressed)
+    found = interleaved({name: partial(seconds, call, device) for name, call in sides.items()}, repeats)
+    return Pair(**{name: median(times) for name, times in found.items()})
 
 
 def inputs_of_linears(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Tensor]:
@@ -137,9 +122,9 @@ def measure(args: argparse.Namespace) -> dict:
     inputs = inputs_of_linears(model, names, images)
     sides = [[side.get_submodule(name) for name in names] for side in (model, compressed)]
     assert all(isinstance(layer, LowRankLinear) for layer in sides[1])
-    linears = interleaved(*(all_layers(side, inputs) for side in sides), args.repeats, device)
+    linears = compare(*(all_layers(side, inputs) for side in sides), args.repeats, device)
     del inputs
-    whole = interleaved(lambda: model(images), lambda: compressed(images), args.repeats, device)
+    whole = compare(lambda: model(images), lambda: compressed(images), args.repeats, device)
 
     weights, ranks = [layer.weight for layer in sides[0]], [layer.rank for layer in report]
     ways = {
@@ -154,7 +139,7 @@ def measure(args: argparse.Namespace) -> dict:
         omit=args.omit,
         batch=args.batch,
         repeats=args.repeats,
-        machine=machine() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        machine=hardware(device),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         timm=timm.__version__,

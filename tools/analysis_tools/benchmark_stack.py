@@ -9,16 +9,17 @@ The allocation is the paper's (rank 32, groups 1 1 1 1 1 1 1 1 1 2 4 6 in attent
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdet_lors.analysis.timing import interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import share_stack
@@ -79,26 +80,6 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
     return step
 
 
-def seconds(step: Callable[[], None], steps: int, device: str) -> float:
-    """Wall-clock time of one step, the mean of ``steps`` in a row."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        step()
-    wait()
-    return (time.perf_counter() - begin) / steps
-
-
-def measure(steps: dict[str, Callable[[], None]], turns: int, per_turn: int, device: str) -> dict[str, list[float]]:
-    """Seconds per step of each function, one number per turn; who is first changes from turn to turn."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns):
-        for name in sorted(steps, reverse=turn % 2 == 1):
-            found[name].append(seconds(steps[name], per_turn, device))
-    return found
-
-
 def main() -> None:
     """Measure and print."""
     args = parse_args()
@@ -108,27 +89,27 @@ def main() -> None:
     labels = torch.randint(CLASSES, (args.batch,), device=args.device)
     models = {name: build(name == "LORST", args.size, args.patch, args.device) for name in ("plain", "LORST")}
     steps = {name: training_step(model, images, labels) for name, model in models.items()}
-    measure(steps, args.warm_up, args.steps, args.device)
-    times = measure(steps, args.turns, args.steps, args.device)
+    timed = {name: partial(seconds, step, args.device, args.steps) for name, step in steps.items()}
+    times = interleaved(timed, args.turns, args.warm_up, alternate=True)
 
-    ratio = statistics.median(ours / plain for ours, plain in zip(times["LORST"], times["plain"], strict=True))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    share = ratio(times, "LORST", "plain")
+    medians = {name: median(values) for name, values in times.items()}
     parameters = {name: sum(p.numel() for p in model.blocks.parameters()) for name, model in models.items()}
     print(
         f"batch {args.batch}, {args.size} px, patch {args.patch}, {torch.get_num_threads()} threads, "
         f"{args.turns} turns of {args.steps} steps"
     )
-    for name, median in medians.items():
-        print(f"{name:6} {parameters[name]:>10,} parameters in the layers, {1000 * median:8.1f} ms a step")
-    print(f"LORST takes {ratio:.3f} x the time of plain")
+    for name, value in medians.items():
+        print(f"{name:6} {parameters[name]:>10,} parameters in the layers, {1000 * value:8.1f} ms a step")
+    print(f"LORST takes {share:.3f} x the time of plain")
     if args.json:
         settings = {name: getattr(args, name) for name in ("batch", "size", "patch", "turns", "steps", "device")}
         settings["threads"] = torch.get_num_threads()
         args.json.write_text(
-            json.dumps(dict(settings, parameters=parameters, seconds=times, ratio=ratio), indent=2) + "\n"
+            json.dumps(dict(settings, parameters=parameters, seconds=times, ratio=share), indent=2) + "\n"
         )
-    if args.max_ratio and ratio > args.max_ratio:
-        raise UserError(f"LORST takes {ratio:.3f} x the time of plain, more than {args.max_ratio}")
+    if args.max_ratio and share > args.max_ratio:
+        raise UserError(f"LORST takes {share:.3f} x the time of plain, more than {args.max_ratio}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@ is not repeated: the study can be interrupted and called again.
 """
 
 import argparse
-import json
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from statistics import mean
 
@@ -21,7 +17,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.analysis.study import call, machine
+from mmdet_lors.analysis.study import add_study_options, call, evaluate, made_by, once, side_by_side, table, train
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 
@@ -63,38 +59,28 @@ VARIANTS = [
 ]
 
 
-def train(variant: Variant, seed: int, work: Path, epochs: int) -> dict:
-    """Train and evaluate one run, or read what an earlier call found.
+def train_and_test(variant: Variant, seed: int, work: Path, epochs: int) -> dict:
+    """One run, or what an earlier call found.
 
     Returns:
         AP and AP50 of the last epoch, training time in seconds.
     """
     folder = work / f"{variant.name}_seed-{seed}"
-    result = folder / "result.json"
-    if result.is_file():
-        return json.loads(result.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
     options = [*variant.cfg_options(), f"randomness.seed={seed}"]
     schedule = [f"train_cfg.max_epochs={epochs}", f"train_cfg.val_interval={epochs + 1}"]
     schedule += [f"param_scheduler.1.T_max={epochs}", f"param_scheduler.1.end={epochs}"]
-    if variant.warm_start:
-        start = folder / "start.pth"
-        source = work / f"{variant.warm_start}_seed-{seed}" / f"epoch_{epochs}.pth"
-        call("tools/model_converters/adamixer_to_lors.py", PLAIN, str(source), variant.config, str(start), log=log)
-        schedule.append(f"load_from={start}")
-    begin = time.monotonic()
-    arguments = [variant.config, "--work-dir", str(folder), "--cfg-options", *options]
-    call("tools/train.py", *arguments, *schedule, log=log)
-    seconds = time.monotonic() - begin
-    metrics = folder / "metrics.json"
-    checkpoint = str(folder / f"epoch_{epochs}.pth")
-    test = ["tools/test.py", variant.config, checkpoint, "--metrics", str(metrics), "--work-dir", str(folder / "test")]
-    call(*test, "--cfg-options", *options, log=log)
-    found = json.loads(metrics.read_text())
-    outcome = dict(ap=found["coco/bbox_mAP"], ap50=found["coco/bbox_mAP_50"], seconds=seconds)
-    result.write_text(json.dumps(outcome) + "\n")
-    return outcome
+
+    def outcome() -> dict:
+        if variant.warm_start:
+            source, start = work / f"{variant.warm_start}_seed-{seed}" / f"epoch_{epochs}.pth", folder / "start.pth"
+            convert = ["tools/model_converters/adamixer_to_lors.py", PLAIN, str(source), variant.config, str(start)]
+            call(*convert, log=folder / "log.txt")
+            schedule.append(f"load_from={start}")
+        seconds = train(variant.config, folder, [*options, *schedule])
+        found = evaluate(variant.config, folder / f"epoch_{epochs}.pth", folder, options)
+        return dict(ap=found["coco/bbox_mAP"], ap50=found["coco/bbox_mAP_50"], seconds=seconds)
+
+    return once(folder, outcome)
 
 
 def decoder_parameters(variant: Variant) -> int:
@@ -125,19 +111,17 @@ def page(rows: list[tuple[Variant, int, list[dict]]], epochs: int, jobs: int, pi
     lines = [
         "# What LORS does on the embedded digits",
         "",
-        f"Made by `python tools/analysis_tools/digits_study.py --epochs {epochs} --jobs {jobs}` on {date.today()}; "
-        f"{machine()}, {jobs} runs side by side with one thread each; {runs} runs of {epochs} epochs, "
+        f"{made_by('digits_study', f'--epochs {epochs} --jobs {jobs}', jobs)}; {runs} runs of {epochs} epochs, "
         f"{sum(r['seconds'] for _, _, found in rows for r in found) / 3600:.1f} hours of training in all. "
         f"{note}".rstrip(),
         "",
-        "| variant | | decoder parameters | AP (seed 0, seed 1) | AP50 | training, s |",
-        "|---|---|---|---|---|---|",
     ]
+    cells = []
     for variant, parameters, found in rows:
         aps = ", ".join(f"{r['ap']:.3f}" for r in found)
-        seconds = mean(r["seconds"] for r in found)
-        ap50 = mean(r["ap50"] for r in found)
-        lines.append(f"| {variant.name} | {variant.what} | {parameters:,} | {aps} | {ap50:.3f} | {seconds:.0f} |")
+        means = f"{mean(r['ap50'] for r in found):.3f}", f"{mean(r['seconds'] for r in found):.0f}"
+        cells.append([variant.name, variant.what, f"{parameters:,}", aps, *means])
+    lines += table(["variant", "", "decoder parameters", "AP (seed 0, seed 1)", "AP50", "training, s"], cells)
     lines += [
         "",
         f"![AP over decoder parameters]({picture})",
@@ -161,9 +145,7 @@ def main() -> None:
     """Run what is missing, then write the page and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=12, help="epochs of every run (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/digits_study"), help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/digits_study.md", help="(default: %(default)s)")
+    add_study_options(parser, "digits_study")
     parser.add_argument("--note", default="", help="a sentence for the page, on how it was run")
     args = parser.parse_args()
     if min(args.epochs, args.jobs) < 1:
@@ -177,11 +159,11 @@ def main() -> None:
     results: dict[tuple[str, int], dict] = {}
     for warm in (False, True):
         batch = [(v, s) for v, s in todo if bool(v.warm_start) == warm]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            found = pool.map(lambda item: train(*item, work, args.epochs), batch)
-            for (variant, seed), outcome in zip(batch, found, strict=True):
-                print(f"{variant.name} seed {seed}: AP {outcome['ap']:.3f}, {outcome['seconds']:.0f} s", flush=True)
-                results[variant.name, seed] = outcome
+        for (variant, seed), outcome in side_by_side(
+            lambda item: train_and_test(*item, work, args.epochs), batch, args.jobs
+        ):
+            print(f"{variant.name} seed {seed}: AP {outcome['ap']:.3f}, {outcome['seconds']:.0f} s", flush=True)
+            results[variant.name, seed] = outcome
     rows = [(v, decoder_parameters(v), [results[v.name, s] for s in v.seeds]) for v in VARIANTS]
     picture = args.out.with_suffix(".png")
     plot(rows, picture)

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of detectors, by part and by component of the decoder; the LORS paper's tables.
+"""Parameters and multiply-adds of detectors, by part and by component of the decoder; both papers' tables.
 
 Nothing is downloaded and no weights are made: the configs are built and run without numbers. What counts as a
 multiply-add is said in mmdet_lors/analysis/complexity.py. For a config with LORS, the last columns are its cost served
@@ -6,6 +6,7 @@ folded: a plain decoder of the same groups and points, without anything more.
 """
 
 import argparse
+import importlib
 import json
 import re
 from pathlib import Path
@@ -16,11 +17,11 @@ from rich.table import Table
 
 from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
-from mmdet_lors.analysis.paper_tables import Counts, markdown
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+TABLES = dict(lors="paper_tables", pela="pela_tables")
 SMALLEST = 32
 WIDTH = 130
 """Columns of a table that goes to a file or a pipe."""
@@ -93,7 +94,11 @@ def main() -> None:
     parser.add_argument("--input", default="1280x800", metavar="WxH", help="input size (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to this file")
     parser.add_argument(
-        "--paper", action="store_true", help="print Tables 1-11 of the LORS paper beside ours, Markdown"
+        "--paper",
+        nargs="?",
+        const="lors",
+        choices=TABLES,
+        help="print a paper's tables beside ours, Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
     )
     args = parser.parse_args()
     size = parse_size(args.input)
@@ -116,7 +121,9 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
     if args.paper:
-        print(markdown(Counts(ROOT)), end="")
+        # Imported here: PELA's tables need packages that nothing else does.
+        tables = importlib.import_module(f"mmdet_lors.analysis.{TABLES[args.paper]}")
+        print(tables.markdown(tables.Counts(ROOT)), end="")
 
 
 if __name__ == "__main__":

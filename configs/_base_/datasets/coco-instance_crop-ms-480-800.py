@@ -1,29 +1,14 @@
-# As coco_crop-ms-480-800, with masks.
-_base_ = "mmdet::_base_/datasets/coco_instance.py"
+# As coco_crop-ms-480-800, with masks: loaded, and evaluated.
+_base_ = "coco_crop-ms-480-800.py"
 
-_scales = [(side, 1333) for side in range(480, 801, 32)]
-_resize = dict(type="RandomChoiceResize", scales=_scales, keep_ratio=True)
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="RandomFlip", prob=0.5),
-    dict(
-        type="RandomChoice",
-        transforms=[
-            [_resize],
-            [
-                dict(type="RandomChoiceResize", scales=[(s, 1333) for s in (400, 500, 600)], keep_ratio=True),
-                dict(
-                    type="RandomCrop",
-                    crop_type="absolute_range",
-                    crop_size=(384, 600),
-                    allow_negative_crop=True,
-                ),
-                _resize,
-            ],
-        ],
-    ),
-    dict(type="PackDetInputs"),
-]
+train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline  # noqa: F821
+_val_pipeline = _base_.val_dataloader.dataset.pipeline  # noqa: F821
+for _step in (*train_pipeline, *test_pipeline, *_val_pipeline):
+    if _step["type"] == "LoadAnnotations":
+        _step["with_mask"] = True
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-del _scales, _resize
+val_dataloader = dict(dataset=dict(pipeline=_val_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(metric=["bbox", "segm"])
+test_evaluator = val_evaluator
+del _step, _val_pipeline

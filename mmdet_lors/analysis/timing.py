@@ -1,0 +1,58 @@
+"""Time by the clock of several things that take turns: a slow moment of the machine hits them all."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+import torch
+
+from .study import machine
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait for a GPU; a CPU is never ahead."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device | str, steps: int = 1) -> float:
+    """How long one call takes, the mean of ``steps`` in a row."""
+    synchronise(device)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - begin) / steps
+
+
+def interleaved(
+    timed: Mapping[str, Callable[[], float]], turns: int, warm_up: int = 1, alternate: bool = False
+) -> dict[str, list[float]]:
+    """Let each take its turn, round after round.
+
+    Args:
+        timed: functions that do their work and return its seconds, by name.
+        turns: rounds that count.
+        warm_up: rounds before, which do not.
+        alternate: every second round goes backwards, so that nobody always follows the same one.
+
+    Returns:
+        The seconds of each, one number a round.
+    """
+    found: dict[str, list[float]] = {name: [] for name in timed}
+    for turn in range(-warm_up, turns):
+        for name in reversed(timed) if alternate and turn % 2 else timed:
+            taken = timed[name]()
+            if turn >= 0:
+                found[name].append(taken)
+    return found
+
+
+def ratio(found: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """Median over rounds of the ratio within the round."""
+    return median(a / b for a, b in zip(found[name], found[base], strict=True))
+
+
+def hardware(device: torch.device | str) -> str:
+    """What ran it: the GPU, or processor and number of cores."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else machine()

@@ -1,0 +1,210 @@
+"""The studies on embedded data: a finished run is not repeated, pages say what was found, errors name the option."""
+
+import sys
+from argparse import ArgumentParser
+from dataclasses import replace
+from statistics import mean
+
+import pytest
+import torch
+from conftest import ROOT, load_tool, refused
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from mmdet_lors.analysis import study as shared
+from mmdet_lors.errors import UserError
+
+TOOL = "analysis_tools/pela_study.py"
+
+
+@pytest.fixture
+def pela():
+    return load_tool(TOOL)
+
+
+def test_a_finished_run_is_not_repeated_and_a_failed_one_is(tmp_path):
+    calls = []
+
+    def fails() -> dict:
+        calls.append("fails")
+        raise UserError("no")
+
+    def works() -> dict:
+        calls.append("works")
+        return dict(top1=1.5)
+
+    with pytest.raises(UserError):
+        shared.once(tmp_path / "run", fails)
+    assert [shared.once(tmp_path / "run", works) for _ in range(2)] == [dict(top1=1.5)] * 2
+    assert calls == ["fails", "works"]
+
+
+def test_runs_side_by_side_come_back_in_their_order():
+    assert list(shared.side_by_side(lambda n: dict(n=n), [3, 1, 2], jobs=2)) == [(n, dict(n=n)) for n in (3, 1, 2)]
+
+
+def test_options_of_a_study_are_named_after_it():
+    parser = ArgumentParser()
+    shared.add_study_options(parser, "some_study")
+    args = parser.parse_args([])
+    assert (str(args.work_dir), args.out, args.jobs) == ("work_dirs/some_study", ROOT / "docs/some_study.md", 2)
+
+
+def test_a_tool_that_fails_names_its_log(tmp_path):
+    with pytest.raises(UserError, match=r"-c import sys; sys.exit\(3\) ended with exit status 3; see .*log.txt"):
+        shared.call("-c", "import sys; sys.exit(3)", log=tmp_path / "log.txt")
+
+
+@pytest.mark.parametrize("name", ["PLAIN", "DISTILLER"])
+def test_schedule_of_the_configs_own_length_is_the_configs(pela, name):
+    path = getattr(pela, name)
+    cfg, merged = Config.fromfile(ROOT / path), Config.fromfile(ROOT / path)
+    options = [option.split("=") for option in pela.schedule(path, pela.epochs_of(path), seed=0)]
+    merged.merge_from_dict({key: int(value) for key, value in options if key.startswith("param_scheduler")})
+    assert merged.param_scheduler == cfg.param_scheduler
+    assert f"train_cfg.max_epochs={cfg.train_cfg.max_epochs}" in ["=".join(option) for option in options]
+
+
+def test_shorter_schedule_keeps_the_share_of_warm_up(pela):
+    options = pela.schedule(pela.PLAIN, 30, seed=7)
+    assert {"param_scheduler.0.end=2", "param_scheduler.1.begin=2", "param_scheduler.1.T_max=28"} < set(options)
+    assert "randomness.seed=7" in options
+
+
+def outcomes(*top1: float) -> list[dict]:
+    return [dict(top1=value) for value in top1]
+
+
+def test_order_of_table_7(pela):
+    paper = {v.name: outcomes(v.paper[0], v.paper[0]) for v in pela.VARIANTS if v.paper}
+    rows, in_order, every_seed = pela.compare(paper, 0)
+    assert in_order and every_seed
+    assert rows[0] == ["plain over both", "+0.84", "+0.84", "+0.84, +0.84", "as in the paper"]
+    assert [row[0] for row in rows[1:]] == [
+        "both over feature", "feature over perturbation", "perturbation over compressed"
+    ]  # fmt: skip
+    assert pela.compare(paper, 1)[1:] == (False, False)  # DeiT's order is not Swin's.
+
+    noisy = dict(paper, feature=outcomes(80.0, 81.9))
+    rows, in_order, every_seed = pela.compare(noisy, 0)
+    assert in_order and not every_seed and rows[1][2:] == ["+0.01", "+0.96, -0.94", "as in the paper; seeds disagree"]
+    equal = dict(paper, feature=paper["both"])
+    rows, in_order, _ = pela.compare(equal, 0)
+    assert not in_order and rows[1][-1] == "equal"
+    reversed_ = dict(paper, both=outcomes(80.0, 80.0))
+    assert pela.compare(reversed_, 0)[0][1][-1] == "the other way round"
+
+
+@pytest.fixture
+def tools(pela, monkeypatch):
+    """Stand-ins for train.py, test.py and extract_student.py; lists what they are called with."""
+    calls, accuracies = [], {"vit_digits": 98.0, "compressed": 50.0, "base-loss": 90.0, "both": 95.0}
+
+    def train(config, folder, options):
+        calls.append(("train", folder.name, options))
+        epochs = next(option.split("=")[1] for option in options if option.startswith("train_cfg.max_epochs="))
+        if config == pela.PLAIN:
+            model = MODELS.build(shared.read(config).model)
+            torch.save(dict(state_dict=model.state_dict()), folder / f"epoch_{epochs}.pth")
+        logs = folder / "20260101_000000/vis_data"
+        logs.mkdir(parents=True)
+        logged = [dict(loss=2.0, loss_feature=0.5, loss_perturbation=0.25, lr=0.1), {"accuracy/top1": 1.0}]
+        logged.insert(1, dict(logged[0], loss=1.0))
+        (logs / "scalars.json").write_text("\n".join(pela.json.dumps(line) for line in logged))
+        return 10.0
+
+    def evaluate(config, checkpoint, folder, options=()):
+        calls.append(("test", folder.name, options))
+        return {"accuracy/top1": accuracies.get(folder.name.split("_seed")[0], 94.0), "accuracy/top5": 99.0}
+
+    monkeypatch.setattr(pela, "train", train)
+    monkeypatch.setattr(pela, "evaluate", evaluate)
+    monkeypatch.setattr(pela, "call", lambda *command, log: calls.append(("extract", *command[1:])))
+    monkeypatch.setattr(pela, "RATIOS", (2,))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    return calls
+
+
+def test_pela_study_runs_and_reports_what_it_found(pela, tools, tmp_path, monkeypatch):
+    out = tmp_path / "page.md"
+    arguments = ["--seeds", "1", "--epochs", "2", "--teacher-epochs", "2", "--ratio", "8", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [TOOL, *arguments, "--work-dir", str(tmp_path / "work")])
+    pela.main()
+    trained = {name: options for kind, name, options in tools if kind == "train"}
+    assert list(trained)[0] == "vit_digits_seed-0" and len(trained) == 5
+    assert "model.feature_loss=None" in trained["perturbation_seed-0"]
+    assert not any(option.startswith("model.feature_loss") for option in trained["feature_seed-0"])
+    assert {"model.feature_loss=None", "model.perturbation_loss=None"} < set(trained["base-loss_seed-0"])
+    assert not any("loss=None" in option for option in trained["both_seed-0"])
+    assert all(
+        f"model.teacher_checkpoint={tmp_path}/work/2-epochs/vit_digits_seed-0/epoch_2.pth" in options
+        for name, options in trained.items()
+        if not name.startswith("vit_digits")
+    )
+    page = out.read_text()
+    assert "| plain | the teacher, not compressed | 680,170 | 98.00 | 98.00 | 99.00 | 10 | 81.80 | 83.50 |" in page
+    assert "| both | and both | 96,106 | 95.00 | 95.00 | 99.00 | 10 | 80.96 | 82.54 |" in page
+    assert "| base loss | 2.0000 | 1.0000 |" in page
+    assert "The same top-1 for every seed have `feature` and `perturbation`." in page
+    assert "Our means are **not** in the order of DeiT-Base's column." in page  # feature and perturbation are equal
+
+    done = len(tools)
+    pela.main()
+    assert len(tools) == done and out.read_text() == page
+
+
+def test_factorised_model_is_nearer_to_the_plain_one_at_a_lower_ratio(pela):
+    model = MODELS.build(shared.read(pela.PLAIN).model).eval()
+    images = torch.randn(2, 1, 32, 32)
+    small, large = (pela.factorised(model.state_dict(), ratio) for ratio in (12, 1.01))
+    with torch.no_grad():
+        expected, *found = (m(images) for m in (model, large, small))
+    errors = [((f - expected).norm() / expected.norm()).item() for f in found]
+    assert 0 < errors[0] < errors[1]
+    assert sum(p.numel() for p in small.parameters()) == 69_610
+
+
+def test_plain_models_of_the_classification_study_serve_when_they_are_as_long(pela, tmp_path):
+    study = pela.Study(12, 20, pela.epochs_of(pela.PLAIN), tmp_path / "work", tmp_path / "teachers")
+    assert study.teacher(1) == tmp_path / "teachers/vit_digits_seed-1/epoch_60.pth"
+    shorter = replace(study, teacher_epochs=6)
+    assert shorter.teacher(1) == tmp_path / "work/6-epochs/vit_digits_seed-1/epoch_6.pth"
+    both = pela.TRAINED[-1]
+    assert len({s.folder(both, 0) for s in (study, shorter, replace(study, ratio=8), replace(study, epochs=5))}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds and --jobs must be 1 or more"),
+        (["--epochs", "1"], "--epochs and --teacher-epochs must be 2 or more"),
+        (["--ratio", "1000"], "ratio 1000.0 leaves network.blocks.0.attn.qkv"),
+    ],
+)
+def test_pela_study_refuses(arguments, message, monkeypatch, capsys):
+    assert message in refused(TOOL, arguments, monkeypatch, capsys)
+
+
+def test_page_of_the_digits_study():
+    digits = load_tool("analysis_tools/digits_study.py")
+    plain = next(variant for variant in digits.VARIANTS if variant.seeds == (0, 1))
+    runs = [dict(ap=0.5, ap50=0.7, seconds=100), dict(ap=0.25, ap50=0.8, seconds=300)]
+    page = digits.page([(plain, 1234, runs)], epochs=12, jobs=2, picture="x.png", note="")
+    assert f"| {plain.name} | {plain.what} | 1,234 | 0.500, 0.250 | {mean((0.7, 0.8)):.3f} | 200 |" in page
+    assert "`python tools/analysis_tools/digits_study.py --epochs 12 --jobs 2`" in page
+    assert "2 runs of 12 epochs, 0.1 hours of training in all." in page
+
+
+def test_warm_start_is_converted_before_it_trains(tmp_path, monkeypatch):
+    digits, calls = load_tool("analysis_tools/digits_study.py"), []
+    warm = next(variant for variant in digits.VARIANTS if variant.warm_start)
+    monkeypatch.setattr(digits, "call", lambda *command, log: calls.append(command[0]))
+    monkeypatch.setattr(digits, "train", lambda config, folder, options: calls.append(options) or 5.0)
+    found = {"coco/bbox_mAP": 0.5, "coco/bbox_mAP_50": 0.75}
+    monkeypatch.setattr(digits, "evaluate", lambda *args: calls.append(args) or found)
+    expected = dict(ap=0.5, ap50=0.75, seconds=5.0)
+    assert [digits.train_and_test(warm, 0, tmp_path, epochs=3) for _ in range(2)] == [expected] * 2
+    converted, options, (config, checkpoint, folder, _) = calls
+    assert converted == "tools/model_converters/adamixer_to_lors.py" and config == digits.LORS
+    assert f"load_from={folder / 'start.pth'}" in options and "train_cfg.max_epochs=3" in options
+    assert checkpoint == folder / "epoch_3.pth"
