@@ -1,0 +1,34 @@
+"""The versions that mmdet_lors works with, checked when it is imported."""
+
+from importlib import import_module
+
+from packaging.version import Version
+
+RANGES = {
+    "torch": ("2.6", None, "see pytorch.org"),
+    "mmengine": ("0.10.0", "1.0", 'pip install "mmengine>=0.10,<1"'),
+    "mmcv": ("2.0.0", "3.0", 'pip install "mmcv>=2.0,<2.2"'),
+    "mmdet": ("3.3.0", "4.0", 'pip install "mmdet>=3.3,<4"'),
+}
+"""Name: first version, first one that is too new, how to get a right one. Which mmcv fits is for mmdet to say."""
+
+
+def check_versions() -> None:
+    """Import every package of :data:`RANGES` and look at its version.
+
+    Raises:
+        ImportError: one is missing, or out of its range, or mmdet refuses the mmcv or mmengine that is there; says
+            what to install.
+    """
+    for name, (first, too_new, remedy) in RANGES.items():
+        wanted = f"{name} >= {first}" + (f", < {too_new}" if too_new else "")
+        try:
+            version = import_module(name).__version__
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise ImportError(f"mmdet_lors needs {wanted}, which is not installed: {remedy}") from None
+        except AssertionError as error:
+            raise ImportError(f"mmdet_lors cannot use {name}: {error}") from None
+        if Version(version) < Version(first) or (too_new and Version(version) >= Version(too_new)):
+            raise ImportError(f"mmdet_lors needs {wanted}, but {version} is installed: {remedy}")

@@ -1,0 +1,82 @@
+"""What the user names becomes a list of images, or one video; and where the picture of each image goes."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmdet.apis.det_inferencer import IMG_EXTENSIONS
+
+from mmdet_lors.errors import UserError
+
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
+KEPT_EXTENSIONS = (".jpg", ".jpeg", ".png")
+"""Formats in which the picture of an image is written too; of others it becomes a PNG."""
+
+
+def is_video(path: Path) -> bool:
+    """Whether the name is that of a video."""
+    return path.suffix.lower() in VIDEO_EXTENSIONS
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMG_EXTENSIONS
+
+
+def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
+    """The images, each once, and the video, of which there is at most one and then no image.
+
+    A folder stands for the images right in it, in the order of their names.
+
+    Raises:
+        UserError: what does not exist, a folder without images, a file that is neither image nor video by its name, a
+            video beside something else.
+    """
+    images: dict[str, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(str(p) for p in path.iterdir() if _is_image(p) and p.is_file())
+            if not found:
+                raise UserError(f"folder {name} has no images ({', '.join(IMG_EXTENSIONS)})")
+            images |= dict.fromkeys(found)
+        elif not path.is_file():
+            raise UserError(f"input {name} does not exist")
+        elif is_video(path):
+            if len(inputs) > 1:
+                raise UserError(f"input {name} is a video: give it alone")
+            return [], name
+        elif _is_image(path):
+            images[name] = None
+        else:
+            raise UserError(
+                f"input {name} is neither an image ({', '.join(IMG_EXTENSIONS)}) "
+                f"nor a video ({', '.join(VIDEO_EXTENSIONS)})"
+            )
+    return list(images), None
+
+
+def picture_paths(images: Sequence[str], out: Path) -> dict[str, Path]:
+    """Image -> its picture's file below ``out``: the images' paths below the folder that they have in common.
+
+    Raises:
+        UserError: a picture would overwrite its image.
+    """
+    common = os.path.commonpath([os.path.abspath(os.path.dirname(image)) for image in images])
+    paths = {}
+    for image in images:
+        target = out / os.path.relpath(os.path.abspath(image), common)
+        if target.suffix.lower() not in KEPT_EXTENSIONS:
+            target = target.with_name(target.name + ".png")
+        check_not_input(target, image)
+        paths[image] = target
+    return paths
+
+
+def check_not_input(target: Path, source: str) -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        UserError: both are one file.
+    """
+    if target.resolve() == Path(source).resolve():
+        raise UserError(f"--out {target.parent} would overwrite {source}: give another folder")

@@ -1,0 +1,251 @@
+"""tools/infer.py and the Inferencer: boxes as mmdet gives them, files that others can read, one-line errors."""
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import pytest
+import torch
+from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_config, load_tool, random_lors, refused
+from mmdet.apis import DetInferencer
+from pycocotools.coco import COCO
+
+from mmdet_lors.errors import UserError
+from mmdet_lors.inference import Inferencer
+
+CONFIG = str(ROOT / LORS_DIGITS)
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """Random weights whose LORS parts are all in use and whose boxes are not all the whole image, with class names."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "lors.pth"
+    model = random_lors(load_config(LORS_DIGITS).model)
+    # The last stage's alone: random boxes that are sampled at again amplify rounding.
+    torch.nn.init.normal_(model.decoder.stages[-1].reg_branch[-1].weight, std=0.03)
+    torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=model.state_dict()), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def inferencer(checkpoint) -> Inferencer:
+    return Inferencer(CONFIG, checkpoint, "cpu", show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def images(tiny_digits) -> list[str]:
+    return sorted(str(p) for p in (tiny_digits / "val").iterdir())
+
+
+@pytest.fixture
+def infer(monkeypatch, capsys):
+    """Run the tool in this process; its output."""
+
+    def call(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, arguments), "--device", "cpu"])
+        load_tool("infer.py").main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def assert_equal(ours, theirs, tolerance=1e-4):
+    for key in ("bboxes", "scores"):
+        assert torch.allclose(ours.pred_instances[key], theirs.pred_instances[key], rtol=0, atol=tolerance), key
+    assert torch.equal(ours.pred_instances.labels, theirs.pred_instances.labels)
+
+
+def test_boxes_equal_those_of_mmdets_unfolded_inference(inferencer, checkpoint, images):
+    theirs = DetInferencer(CONFIG, checkpoint, "cpu", show_progress=False)
+    assert inferencer.model.decoder.lorsa.folded is not None and theirs.model.decoder.lorsa.folded is None
+    expected = theirs(images, return_datasamples=True)["predictions"]
+    found = list(inferencer.stream(images))
+    assert [source for source, _ in found] == images
+    for (_, sample), reference in zip(found, expected, strict=True):
+        assert len(sample.pred_instances) == 20
+        assert_equal(sample, reference)
+        assert sample.pred_instances.bboxes.std(dim=0).min() > 5, "the boxes are all one"
+
+
+def test_batch_size_does_not_change_results(inferencer, images):
+    for (_, one), (_, four) in zip(inferencer.stream(images), inferencer.stream(images, 4), strict=True):
+        assert_equal(one, four)
+
+
+def test_batches_of_mixed_sizes_do_not_change_results(inferencer, images):
+    arrays = [mmcv.imread(path)[: 60 + 12 * (i // 2 % 3)] for i, path in enumerate(images)]
+    one, four = list(inferencer.stream(arrays)), list(inferencer.stream(arrays, 4))
+    assert [len(source) for source, _ in four] == [len(array) for array in arrays] == [60, 60, 72, 72, 84, 84, 60, 60]
+    for (_, ours), (_, theirs) in zip(one, four, strict=True):
+        assert_equal(ours, theirs)
+
+
+def test_an_array_gives_what_its_file_gives(inferencer, images):
+    for (_, file), (_, array) in zip(
+        inferencer.stream(images[:2]), inferencer.stream(map(mmcv.imread, images[:2])), strict=True
+    ):
+        assert_equal(file, array)
+
+
+def test_the_call_is_det_inferencers(inferencer, images, tmp_path):
+    result = inferencer(images[:2], batch_size=2, return_vis=True, out_dir=str(tmp_path), no_save_pred=False)
+    assert [len(p["scores"]) for p in result["predictions"]] == [20, 20]
+    assert result["visualization"][0].shape == (480, 480, 3)  # 96 pixels, enlarged
+    name = Path(images[0]).stem
+    assert json.loads((tmp_path / "preds" / f"{name}.json").read_text()) == result["predictions"][0]
+    assert mmcv.imread(str(tmp_path / "vis" / f"{name}.png")).shape == (480, 480, 3)
+
+
+def test_class_names_come_from_the_config_when_the_checkpoint_has_none(checkpoint, tmp_path):
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(checkpoint, weights_only=True)["state_dict"], bare)
+    assert Inferencer(CONFIG, bare, "cpu").classes == CLASSES
+
+
+def test_fewer_names_than_classes_are_refused(checkpoint, images, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["meta"]["dataset_meta"] = dict(classes=())
+    torch.save(content, tmp_path / "names.pth")
+    with pytest.raises(UserError, match=r"the detector predicts class \d, but checkpoint and config name 0 classes"):
+        list(Inferencer(CONFIG, tmp_path / "names.pth", "cpu").stream(images[:1]))
+
+
+def test_drawing_leaves_colours_and_boxes_below_the_threshold_alone(inferencer):
+    image = np.zeros((500, 500, 3), np.uint8)
+    image[..., 0] = 200  # blue, in BGR
+    _, sample = next(inferencer.stream([image]))
+    assert np.array_equal(inferencer.draw(image, sample, 1.0), image[..., ::-1])
+    assert not np.array_equal(inferencer.draw(image, sample, 0.0), image[..., ::-1])
+
+
+def test_folder_becomes_pictures_json_and_coco_results(infer, checkpoint, tiny_digits, images, tmp_path):
+    out, coco, truth = tmp_path / "out", tmp_path / "coco.json", tiny_digits / "annotations" / "val.json"
+    options = ("--json", "--coco", coco, "--ann-file", truth, "--batch-size", "3", "--score-thr", "0.02")
+    printed = infer(tiny_digits / "val", CONFIG, checkpoint, "--out", out, *options)
+    assert sorted(p.name for p in out.glob("*.png")) == [Path(image).name for image in images]
+    rows = json.loads((out / "predictions.json").read_text())
+    assert [row["image"] for row in rows] == images and (rows[0]["width"], rows[0]["height"]) == (96, 96)
+    listed = [box for row in rows for box in row["boxes"]]
+    assert f"8 images, {len(listed)} boxes with a score above 0.02" in printed
+    assert all(box["score"] > 0.02 and box["class"] == CLASSES[box["label"]] for box in listed)
+    truth = COCO(str(truth))
+    results = truth.loadRes(str(coco))
+    assert set(results.getImgIds()) == set(truth.getImgIds()) and len(results.anns) == 8 * 20
+    ids = {row["file_name"]: row["id"] for row in truth.dataset["images"]}
+    for row in rows:
+        written = results.imgToAnns[ids[Path(row["image"]).name]]
+        written.sort(key=lambda a: -a["score"])
+        for box, annotation in zip(row["boxes"], written, strict=False):
+            x1, y1, x2, y2 = box["bbox"]
+            assert annotation["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
+            assert truth.cats[annotation["category_id"]]["name"] == box["class"]
+    assert max(box["bbox"][0] for box in listed) > 1, "a box at the left edge does not show its width"
+
+
+def test_without_annotations_ids_are_counted(infer, checkpoint, images, tmp_path):
+    coco = tmp_path / "coco.json"
+    printed = infer(*images[:2], CONFIG, checkpoint, "--out", tmp_path / "out", "--no-pictures", "--coco", coco)
+    assert "ids are counted from 1" in printed
+    assert {row["image_id"] for row in json.loads(coco.read_text())} == {1, 2}
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_one_name_in_two_folders_keep_both_pictures(infer, checkpoint, images, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.bmp").write_bytes(Path(images[0]).read_bytes())
+    infer(tmp_path / "a", tmp_path / "b", CONFIG, checkpoint, "--out", tmp_path / "out")
+    assert (tmp_path / "out/a/1.bmp.png").is_file() and (tmp_path / "out/b/1.bmp.png").is_file()
+
+
+def test_video_becomes_a_video_and_boxes_per_frame(infer, inferencer, checkpoint, images, tmp_path):
+    video = tmp_path / "digits.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 10, (96, 96))
+    for image in images[:3]:
+        writer.write(mmcv.imread(image))
+    writer.release()
+    out = tmp_path / "out"
+    printed = infer(video, CONFIG, checkpoint, "--out", out, "--json", "--score-thr", "0.02", "--batch-size", "2")
+    drawn = mmcv.VideoReader(str(out / "digits.mp4"))
+    assert (drawn.frame_cnt, drawn.fps, drawn.resolution) == (3, 10, (480, 480))
+    rows = json.loads((out / "predictions.json").read_text())
+    assert [row["frame"] for row in rows] == [0, 1, 2] and "3 frames" in printed
+    frames = list(mmcv.VideoReader(str(video)))
+    for row, (_, sample) in zip(rows, inferencer.stream(frames), strict=True):
+        scores = sample.pred_instances.scores
+        assert [b["score"] for b in row["boxes"]] == pytest.approx(scores[scores > 0.02].tolist(), abs=1e-5)
+
+
+def test_an_unreadable_image_among_others_is_named_and_skipped(infer, checkpoint, images, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    printed = infer(broken, images[0], CONFIG, checkpoint, "--out", tmp_path / "out", "--batch-size", "2")
+    assert f"skipped {broken}: it cannot be read as an image" in printed and "1 images" in printed
+
+
+def test_a_picture_that_cannot_be_written_ends_in_one_line(checkpoint, images, tmp_path, monkeypatch, capsys):
+    (tmp_path / Path(images[0]).name).mkdir()
+    message = refused("infer.py", [images[0], CONFIG, checkpoint, "--out", str(tmp_path)], monkeypatch, capsys)
+    assert "cannot be written" in message
+
+
+@pytest.fixture
+def places(checkpoint, images, tiny_digits, tmp_path) -> dict[str, str]:
+    """Good inputs and bad ones, by name."""
+    names = ("empty.jpg", "broken.jpg", "broken2.jpg", "broken.mp4", "note.txt", "broken.pth", "other.json")
+    for name in names:
+        (tmp_path / name).write_bytes(b"" if name == "empty.jpg" else b"{}")
+    (tmp_path / "nothing").mkdir()
+    no_detector = f"_base_ = {CONFIG!r}\nmodel = dict(_delete_=True, type='ImgDataPreprocessor')\n"
+    (tmp_path / "no_detector.py").write_text(no_detector)
+    others = ("nothing", "out", "none.jpg", "none.pth", "no_detector.py")
+    found = {name.replace(".", "_"): str(tmp_path / name) for name in (*names, *others)}
+    folder = str(tiny_digits / "val")
+    return found | dict(image=images[0], folder=folder, config=CONFIG, checkpoint=checkpoint, root=str(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{none_jpg} {config} {checkpoint}", "none.jpg does not exist"),
+        ("{nothing} {config} {checkpoint}", "nothing has no images (.jpg, "),
+        ("{note_txt} {config} {checkpoint}", "note.txt is neither an image (.jpg, "),
+        ("{broken_jpg} {config} {checkpoint}", "broken.jpg cannot be read as an image"),
+        ("{empty_jpg} {config} {checkpoint}", "empty.jpg cannot be read as an image"),
+        ("{broken_jpg} {broken2_jpg} {config} {checkpoint}", "none of the 2 inputs can be read as an image"),
+        ("{broken_mp4} {config} {checkpoint}", "broken.mp4 cannot be read as a video"),
+        ("{broken_mp4} {image} {config} {checkpoint}", "broken.mp4 is a video: give it alone"),
+        ("{broken_mp4} {config} {checkpoint} --coco {other_json}", "--coco is for images"),
+        ("{image} none.py {checkpoint}", "config none.py does not exist"),
+        ("{image} {config} {none_pth}", "none.pth does not exist"),
+        ("{image} {config} {broken_pth}", "broken.pth "),
+        ("{image} {root}/" + PLAIN_DIGITS + " {checkpoint}", "is of another architecture"),
+        ("{image} {root}/configs/classification/vit_digits.py {checkpoint}", "has no test_dataloader.dataset.pipeline"),
+        ("{image} {no_detector_py} {checkpoint}", "model.type ImgDataPreprocessor is no detector"),
+        (
+            "{image} {config} {checkpoint} --device cuda:0",
+            "device cuda:0: this machine has no GPU that PyTorch can use",
+        ),
+        ("{image} {config} {checkpoint} --device tpux", "device 'tpux' is not known"),
+        ("{image} {config} {checkpoint} --batch-size 0", "--batch-size 0: must be 1 or more"),
+        ("{image} {config} {checkpoint} --score-thr 30", "--score-thr 30.0: must be from 0 to 1"),
+        ("{image} {config} {checkpoint} --no-pictures", "--no-pictures leaves nothing to write"),
+        ("{image} {config} {checkpoint} --ann-file {other_json}", "--ann-file is for --coco"),
+        ("{image} {config} {checkpoint} --coco none/coco.json", "folder none does not exist"),
+        ("{image} {config} {checkpoint} --coco {out}.json --ann-file {other_json}", "is no COCO data set"),
+        ("{image} {config} {checkpoint} --out {note_txt}", "note.txt is a file, not a folder"),
+        ("{folder} {config} {checkpoint} --out {folder}", "would overwrite"),
+    ],
+)
+def test_refuses_in_one_line_and_writes_nothing(arguments, message, places, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = [word.format(**places) for word in arguments.split()]
+    if "--out" not in words:
+        words += ["--out", places["out"]]
+    assert message in refused("infer.py", words, monkeypatch, capsys)
+    assert not Path(places["out"]).exists() and not Path(places["out"] + ".json").exists()
