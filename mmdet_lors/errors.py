@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A setting, file or checkpoint that cannot work; the message names it and says what would be right."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises its worker's error with the worker's traceback as message: the last line is ours.
+        super().__init__(message.rpartition("errors.UserError: ")[2].strip())

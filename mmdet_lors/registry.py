@@ -16,6 +16,6 @@ REGISTRIES = {
 }
 """As they are called in mmdet, ``MODELS`` and so on."""
 
-# mmengine takes configs of the packages that are in this table alone. It looks for a distribution of the name there, and
+# mmengine takes configs of the packages in this table alone. It looks for a distribution of the name there and,
 # where it finds none, which is meant here, for a module: that finds an editable install, too.
 MODULE2PACKAGE[SCOPE] = __name__

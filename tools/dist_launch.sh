@@ -5,6 +5,7 @@
 #   NODE_RANK    this machine's number, from 0                  (0)
 #   MASTER_ADDR  address of machine 0                           (127.0.0.1)
 #   PORT         a free port on machine 0                       (29500)
+#   MAX_RESTARTS how often to start again after a failure; training goes on from its newest checkpoint   (0)
 #   PYTHON       the interpreter                                (python)
 #   OMP_NUM_THREADS  threads of each process                    (cores / processes)
 
@@ -21,5 +22,6 @@ launch() {
         --master_addr="${MASTER_ADDR:-127.0.0.1}" \
         --master_port="${PORT:-29500}" \
         --nproc_per_node="$processes" \
+        --max_restarts="${MAX_RESTARTS:-0}" \
         "$@" --launcher pytorch
 }

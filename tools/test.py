@@ -53,6 +53,11 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
     """
     if "visualization" not in cfg.default_hooks:
         raise UserError("--show and --show-dir draw boxes: this config has no default_hooks.visualization")
+    if cfg.default_hooks.visualization.type == "SegVisualizationHook":
+        hook = dict(draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
+        cfg.default_hooks.visualization.update(hook)
+        cfg.visualizer.save_dir = str(Path(cfg.work_dir, args.show_dir or ""))
+        return
     hook = dict(type="PicturesHook", draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
     cfg.default_hooks.visualization = dict(hook, test_out_dir=args.show_dir)
 
@@ -100,7 +105,8 @@ def main() -> None:
     metrics = runner.test()
     if args.metrics and is_first_process():
         Path(args.metrics).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.metrics).write_text(json.dumps(metrics, indent=2) + "\n")
+        # mmseg returns numpy scalars.
+        Path(args.metrics).write_text(json.dumps(metrics, indent=2, default=float) + "\n")
 
 
 if __name__ == "__main__":

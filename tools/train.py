@@ -1,16 +1,19 @@
 """Train a detector or a classifier: the entry point behind dist_train.sh and slurm_train.sh."""
 
 import argparse
+import sys
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.engine.resume import choose_start, faults_in_one_line, how_to_go_on, make_resumable
+from mmdet_lors.engine.stop import Stopped, stop_at_once
 from mmdet_lors.errors import UserError
 
 
@@ -55,9 +58,8 @@ def use_amp(cfg: Config, dtype: str) -> None:
         cfg.optim_wrapper.update(type="CPUAmpOptimWrapper")
 
 
-def main() -> None:
+def train(args: argparse.Namespace) -> None:
     """Check the inputs, then hand over to mmengine's runner."""
-    args = parse_args()
     cfg = load_config(args)
     if args.amp:
         use_amp(cfg, args.amp)
@@ -65,18 +67,29 @@ def main() -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
+    make_resumable(cfg)
 
-    if args.resume:
-        cfg.resume, cfg.load_from = True, None if args.resume == "auto" else args.resume
     if is_first_process():
         check_inputs(cfg, ("train", "val"))
         model = build_without_weights(cfg.model)
-        resume = cfg.get("resume", False)
-        start = cfg.get("load_from") or (find_latest_checkpoint(cfg.work_dir) if resume else None)
-        if start and "://" not in start:
-            check_fit(model, read_checkpoint(start), start, partly=not resume)
+    start = choose_start(cfg, args.resume)
+    if is_first_process() and start and "://" not in start:
+        check_fit(model, read_checkpoint(start), start, partly=not cfg.resume)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.train()
+
+
+def main() -> None:
+    """Train; SIGTERM stops the run after an iteration, with exit status 0."""
+    args = parse_args()
+    try:
+        stop_at_once()
+        with faults_in_one_line():
+            train(args)
+    except Stopped as stop:
+        if is_first_process():
+            saved = f"saved {stop.checkpoint}" if stop.checkpoint else "training had not begun"
+            print(f"stopped by SIGTERM, {saved}; go on with: {how_to_go_on(args, sys.argv)}", flush=True)
 
 
 if __name__ == "__main__":

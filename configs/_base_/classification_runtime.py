@@ -7,7 +7,7 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", interval=10, max_keep_ckpts=3, save_best="accuracy/top1"),
+    checkpoint=dict(type="ReliableCheckpointHook", interval=10, max_keep_ckpts=3, save_best="accuracy/top1"),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 visualizer = dict(type="Visualizer")

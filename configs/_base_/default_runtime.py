@@ -1,5 +1,5 @@
 _base_ = "mmdet::_base_/default_runtime.py"
 
 custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best="coco/bbox_mAP"))
-custom_hooks = [dict(type="ServeFoldedHook")]
+default_hooks = dict(checkpoint=dict(type="ReliableCheckpointHook", max_keep_ckpts=3, save_best="coco/bbox_mAP"))
+custom_hooks = [dict(type="ServeFoldedHook"), dict(type="StopOnNonFiniteHook")]

@@ -13,6 +13,7 @@ from mmdet.structures import SampleList
 from mmdet.structures.bbox import scale_boxes
 from mmdet.utils import reduce_mean
 from mmengine.config import ConfigDict
+from mmengine.dist import get_world_size
 from mmengine.model import BaseModule, ModuleList
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
@@ -233,7 +234,7 @@ class AdaMixerDecoder(BaseModule):
     def stage_loss(
         self, output: StageOutput, labels: Tensor, targets: Tensor, batch_data_samples: SampleList
     ) -> dict[str, Tensor]:
-        """Focal, L1 and GIoU loss of one stage, over the number of positives (mean over ranks, at least 1).
+        """Focal, L1 and GIoU loss of one stage, over the number of positives (mean over ranks, in all at least 1).
 
         L1 is taken on boxes divided by the image's (w, h, w, h), GIoU on pixel boxes. The sums are divided here,
         because the losses' own ``avg_factor`` adds a float32 epsilon to it.
@@ -244,7 +245,8 @@ class AdaMixerDecoder(BaseModule):
             batch_data_samples: for the images' sizes.
         """
         positive = labels < self.num_classes
-        num_positive = reduce_mean(positive.sum().to(output.bboxes.dtype)).clamp(min=1)
+        # Over all ranks together at least 1: clamping the mean to 1 would divide by more than one process does.
+        num_positive = reduce_mean(positive.sum().to(output.bboxes.dtype)).clamp(min=1 / get_world_size())
         cls_score, bboxes = output.cls_score.flatten(0, 1), output.bboxes.flatten(0, 1)
         losses = dict(
             loss_cls=self.loss_cls(cls_score, labels, reduction_override="sum") / num_positive,

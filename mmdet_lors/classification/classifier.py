@@ -3,6 +3,7 @@
 from difflib import get_close_matches
 
 import timm
+import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModel, initialize
 from timm.data import Mixup
@@ -111,7 +112,9 @@ class TimmClassifier(BaseModel):
                 )
             # Mixup writes into the images that it is given.
             images, targets = self.mixup(images.clone(), labels)
-        return dict(loss=self.criterion(self.network(images).float(), targets))
+        logits = self.network(images)
+        # float32 under autocast, but no less than what the network computes in.
+        return dict(loss=self.criterion(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets))
 
     def predict(self, images: Tensor, labels: Tensor | None = None) -> list[dict]:
         """Per image ``scores``, (num_classes,) probabilities, and ``label``, the true one where it is known."""

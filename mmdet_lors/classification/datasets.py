@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmdet.registry import DATASETS
 from PIL import Image
 from timm.data import create_transform
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+from mmdet_lors.datasets.unusable import MAX_UNUSABLE_SHARE, UnusableImages, check_share, reason_of
 from mmdet_lors.errors import UserError
 
 CIFAR100_HINT = (
@@ -20,20 +22,39 @@ CIFAR100_HINT = (
 )
 
 
+MAX_REPLACED = 1000
+"""Images in a row that training may replace."""
+
+
 class ClassificationDataset(Dataset):
     """Images with one label each, made to tensors by timm's transforms.
+
+    To train, an image that cannot be read is replaced by another, random one, and logged once; to validate it is an
+    error.
 
     Args:
         source: (PIL image, label) of every image.
         classes: their names, in the order of the labels.
         transform: fields of ``timm.data.create_transform`` but for normalisation, which is the data preprocessor's.
+            ``is_training`` says what the data set is for.
+        max_unusable_share: share of all images, 0 to 1, of which each process may meet as many that it cannot read.
 
     Raises:
-        UserError: an unknown field of ``transform``.
+        UserError: an unknown field of ``transform``, or no share; when an image is asked for: images that cannot be
+            read, see above.
     """
 
-    def __init__(self, source: Sequence, classes: Sequence[str], transform: dict) -> None:
+    def __init__(
+        self,
+        source: Sequence,
+        classes: Sequence[str],
+        transform: dict,
+        max_unusable_share: float = MAX_UNUSABLE_SHARE,
+    ) -> None:
+        check_share(max_unusable_share)
         self.source = source
+        self.training = bool(transform.get("is_training"))
+        self.unusable = UnusableImages(len(source), max_unusable_share)
         self.metainfo = dict(classes=tuple(classes))
         try:
             # With timm's own prefetcher a transform ends with the image in uint8; our preprocessor is in its place.
@@ -46,8 +67,23 @@ class ClassificationDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         """``inputs``, an image of (C, H, W) uint8, and ``data_samples``, its label."""
-        image, label = self.source[index]
-        return dict(inputs=self.transform(image), data_samples=int(label))
+        for _ in range(MAX_REPLACED):
+            try:
+                image, label = self.source[index]
+                return dict(inputs=self.transform(image), data_samples=int(label))
+            except MemoryError:
+                raise
+            except Exception as error:
+                if not self.training:
+                    raise UserError(f"image {self.image_name(index)} cannot be used: {reason_of(error)}") from error
+                self.unusable.add(index, self.image_name(index), error)
+                index = int(torch.randint(len(self), ()))
+        raise UserError(f"{MAX_REPLACED} images in a row could not be used; the log names them")
+
+    def image_name(self, index: int) -> str:
+        """The file of an image, or its place in the data set."""
+        files = getattr(self.source, "samples", None)
+        return f"at place {index}" if files is None else files[index][0]
 
     @classmethod
     def check(cls, **fields) -> tuple[str, ...]:
@@ -131,25 +167,27 @@ class ImageFolder(ClassificationDataset):
     Args:
         data_root: the folder that has ``train/`` and ``val/``.
         split: name of the folder below it.
-        transform: see :class:`ClassificationDataset`.
+        transform, max_unusable_share: see :class:`ClassificationDataset`.
 
     Raises:
         UserError: a folder that does not exist, or a class without a picture.
     """
 
-    def __init__(self, data_root: str, split: str, transform: dict) -> None:
+    def __init__(
+        self, data_root: str, split: str, transform: dict, max_unusable_share: float = MAX_UNUSABLE_SHARE
+    ) -> None:
         classes = self._classes(data_root, split)
         try:
             source = datasets.ImageFolder(str(Path(data_root) / split))
         except FileNotFoundError as error:
             raise UserError(str(error).splitlines()[0]) from error
-        super().__init__(source, classes, transform)
+        super().__init__(source, classes, transform, max_unusable_share)
 
     @classmethod
     def check(cls, **fields) -> tuple[str, ...]:
         """The classes, from the folders' names alone; see :meth:`ClassificationDataset.check`."""
         cls._check_fields(fields)
-        ClassificationDataset([], [], fields["transform"])
+        ClassificationDataset([], [], fields["transform"], fields.get("max_unusable_share", MAX_UNUSABLE_SHARE))
         return cls._classes(fields["data_root"], fields["split"])
 
     @staticmethod

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmdet_lors.engine.checkpoint import read_checkpoint
+from mmdet_lors.engine.safe_loading import weights_only
 from mmdet_lors.errors import UserError
 
 TIMM = "timm://"
@@ -30,7 +31,8 @@ def read_weights(checkpoint: str) -> Mapping[str, Tensor]:
     if checkpoint.startswith(TIMM):
         name = checkpoint.removeprefix(TIMM)
         try:
-            return timm.create_model(name, pretrained=True).state_dict()
+            with weights_only():
+                return timm.create_model(name, pretrained=True).state_dict()
         except Exception as error:
             # Whatever its network stack raises: there is no common class.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

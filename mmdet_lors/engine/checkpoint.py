@@ -1,9 +1,9 @@
 """Reading checkpoints safely, writing them whole, and saying what is wrong with one that does not fit."""
 
-import os
+import io
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from mmdet_lors.errors import UserError
+
+from .seal import breaks_its_seal, write_sealed
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -47,15 +49,19 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
 
     Args:
         path: the file.
-        mmap: map the file instead of reading it, so that what is not used (an optimizer's state) is never touched.
+        mmap: map the file instead of reading it, so that what is not used (an optimizer's state) is never touched; its
+            checksum is not looked at.
 
     Raises:
-        UserError: no such file, one that is cut short or no checkpoint, or one that holds objects which the safe
-            loader refuses.
+        UserError: no such file, one that is cut short, does not match its checksum or is no checkpoint, or one that
+            holds objects which the safe loader refuses.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
+    if not mmap and breaks_its_seal(path):
+        raise UserError(f"checkpoint {path} was damaged after it was written: its bytes do not match its checksum")
+    allow_mmengine_objects()  # Again: a loader that allows them for a while takes them off the list afterwards.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -73,48 +79,49 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
 
 
 def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
-    """Write to a file beside ``path``, then rename it: ``path`` is whole or untouched.
+    """Write with a checksum, to a file beside ``path`` that is then renamed: ``path`` is whole or untouched.
 
     Raises:
         UserError: the file cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with io.BytesIO() as buffer:
+        try:
+            torch.save(checkpoint, buffer)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        write_sealed(path, buffer.getvalue())
 
 
 def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path, partly: bool = False) -> None:
-    """Refuse a checkpoint whose weights are not exactly the model's.
+    """Refuse a checkpoint whose weights are not exactly those that the model loads, or not finite.
 
     Args:
-        model: only names and shapes of its weights are read.
+        model: only names and shapes of its weights are read. A layer that also loads what it was made from, as a
+            low-rank one does, says so by a method ``loads_instead()``: names of its own weights, and name -> shape of
+            what may come in their place.
         checkpoint: what :func:`read_checkpoint` returned.
         path: its file, for messages.
         partly: one weight that fits is enough, as for fine-tuning a model with other classes.
 
     Raises:
-        UserError: how many keys are missing, unexpected or of another shape, and the first ones.
+        UserError: values that are not finite; or how many keys are missing, unexpected or of another shape, and the
+            first ones.
     """
     theirs: Mapping[str, Tensor] = checkpoint.get("state_dict", checkpoint)
     theirs = {k.removeprefix("module."): v for k, v in theirs.items()}
-    ours = model.state_dict()
-    if partly and any(k in theirs and theirs[k].shape == v.shape for k, v in ours.items()):
+    for key, value in theirs.items():
+        if isinstance(value, Tensor) and not torch.isfinite(value).all():
+            raise UserError(f"checkpoint {path}: {key} holds values that are not finite")
+    ours = _loaded_shapes(model, theirs)
+    if partly and any(k in theirs and tuple(theirs[k].shape) == shape for k, shape in ours.items()):
         return
     problems = {
         "missing": [k for k in ours if k not in theirs],
         "unexpected": [k for k in theirs if k not in ours],
         "of another shape": [
-            f"{k} {tuple(theirs[k].shape)} instead of {tuple(v.shape)}"
-            for k, v in ours.items()
-            if k in theirs and theirs[k].shape != v.shape
+            f"{k} {tuple(theirs[k].shape)} instead of {shape}"
+            for k, shape in ours.items()
+            if k in theirs and tuple(theirs[k].shape) != shape
         ],
     }
     found = [
@@ -124,3 +131,17 @@ def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path, partly: b
     ]
     if found:
         raise UserError(f"checkpoint {path} is of another architecture: keys {'; '.join(found)}")
+
+
+def _loaded_shapes(model: nn.Module, given: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights that the model loads from a file with these names."""
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "loads_instead"):
+            prefix = f"{name}." if name else ""
+            own, others = module.loads_instead()
+            if not any(prefix + k in given for k in own) and all(prefix + k in given for k in others):
+                for k in own:
+                    del shapes[prefix + k]
+                shapes |= {prefix + k: tuple(shape) for k, shape in others.items()}
+    return shapes

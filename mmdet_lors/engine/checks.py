@@ -1,20 +1,22 @@
 """Checks of a config against the data on disk, before a run starts and writes anything."""
 
-import json
+import logging
+import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
+from mmengine.logging import print_log
 
+from mmdet_lors.datasets import CheckedCocoDataset
+from mmdet_lors.datasets.annotations import check_annotations, check_categories, hint, read_annotations
+from mmdet_lors.datasets.unusable import MAX_UNUSABLE_SHARE
 from mmdet_lors.errors import UserError
 
-COCO_HINT = "get train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org and unpack them there"
-DIGITS_HINT = "make it with: python tools/dataset_converters/digits_to_coco.py"
-
-
-def _hint(path: Path) -> str:
-    return DIGITS_HINT if "digits" in path.parts else COCO_HINT
+SEGMENTATION_HINT = "docs/pela_recipes.md says how to get it"
 
 
 def _leaf_datasets(dataset: dict) -> Iterator[dict]:
@@ -40,24 +42,6 @@ def _num_classes(node: dict, path: str) -> Iterator[tuple[str, int]]:
                     yield from _num_classes(item, f"{path}.{key}[{i}]")
 
 
-def read_annotations(path: Path) -> dict:
-    """A COCO annotation file.
-
-    Raises:
-        UserError: no such file, no JSON, or no COCO data set.
-    """
-    if not path.is_file():
-        raise UserError(f"annotation file {path} does not exist; {_hint(path)}")
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"annotation file {path} is no JSON: {error}") from error
-    missing = [k for k in ("images", "categories") if not isinstance(content, dict) or k not in content]
-    if missing:
-        raise UserError(f"annotation file {path} is no COCO data set: it has no {' and no '.join(missing)}")
-    return content
-
-
 def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
     """Check one data set: one of COCO's format, or one whose class has a ``check(**fields)`` of its own.
 
@@ -71,7 +55,7 @@ def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
     Raises:
         UserError: what is missing or does not fit, and how to mend it.
     """
-    dataset_class = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
+    dataset_class = _dataset_class(dataset, where)
     if hasattr(dataset_class, "check"):
         try:
             return dataset_class.check(**{key: value for key, value in dataset.items() if key != "type"})
@@ -79,39 +63,92 @@ def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
             raise UserError(f"{where}: {error}") from error
     if "CocoDataset" in [c.__name__ for c in dataset_class.__mro__]:
         return _check_coco(dataset, dataset_class, where)
+    if "BaseSegDataset" in [c.__name__ for c in dataset_class.__mro__]:
+        return _check_segmentation(dataset, dataset_class, where)
     return None
 
 
-def _check_coco(dataset: dict, dataset_class: type, where: str) -> tuple[str, ...]:
-    """The classes of a COCO-format data set whose annotation file, categories and image folder are there."""
+def _dataset_class(dataset: dict, where: str) -> type:
+    """The class of a data set, looked for where the run will: in its own scope, or in the config's default one."""
+    if not isinstance(dataset["type"], str):
+        return dataset["type"]
+    with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:
+        found = registry.get(dataset["type"])
+    if found is None:
+        raise UserError(f"{where}: {dataset['type']} is not in the {registry.scope}::dataset registry")
+    return found
+
+
+def _check_segmentation(dataset: dict, dataset_class: type, where: str) -> tuple[str, ...] | None:
+    """The classes of a data set of mmsegmentation whose folders are there."""
     root = Path(dataset.get("data_root") or "")
+    if not root.is_dir():
+        raise UserError(f"{where}: data folder {root} does not exist; {SEGMENTATION_HINT}")
+    for kind, folder in dataset.get("data_prefix", {}).items():
+        if folder and not (root / folder).is_dir():
+            raise UserError(f"{where}: {kind} folder {root / folder} does not exist; {SEGMENTATION_HINT}")
+    return dataset.get("metainfo", {}).get("classes") or dataset_class.METAINFO.get("classes")
+
+
+def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str) -> tuple[str, ...]:
+    """The classes of a COCO-format data set whose annotation file is in order and whose images are there."""
+    root = Path(dataset.get("data_root") or "")
+    if not isinstance(dataset.get("ann_file"), str):
+        raise UserError(f"{where}: ann_file must be the path of an annotation file, got {dataset.get('ann_file')!r}")
     annotations = root / dataset["ann_file"]
     images = root / dataset.get("data_prefix", {}).get("img", "")
     if not root.is_dir():
-        raise UserError(f"{where}: data folder {root} does not exist; {_hint(annotations)}")
+        raise UserError(f"{where}: data folder {root} does not exist; {hint(annotations)}")
     content = read_annotations(annotations)
     classes = dataset.get("metainfo", {}).get("classes") or dataset_class.METAINFO["classes"]
     classes = (classes,) if isinstance(classes, str) else tuple(classes)
-    names = [c.get("name") for c in content["categories"]]
-    unknown = [c for c in classes if c not in names]
-    if unknown:
-        raise UserError(
-            f"{where}: {annotations} has no category {', '.join(map(repr, unknown[:3]))}"
-            f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''} of the config's {len(classes)} classes; "
-            f"it has {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}"
-        )
+    # Others of mmdet's data sets, as LVIS and the panoptic one, have fields of their own.
+    plain = dataset_class.parse_data_info is CocoDataset.parse_data_info
+    try:
+        if not plain:
+            check_categories(content, annotations, classes)
+            return classes
+        lines = check_annotations(content, annotations, classes, evaluated=bool(dataset.get("test_mode")))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not issubclass(dataset_class, CheckedCocoDataset):  # which says it in the run's own log
+        for line in lines:
+            print_log(f"{where}: {line}", logger="current", level=logging.WARNING)
     if not images.is_dir():
-        raise UserError(f"{where}: image folder {images} does not exist; {_hint(images)}")
-    if content["images"]:
-        first = images / content["images"][0]["file_name"]
-        if not first.is_file():
-            raise UserError(f"{where}: image {first}, the first of {annotations}, does not exist; {_hint(images)}")
+        raise UserError(f"{where}: image folder {images} does not exist; {hint(images)}")
+    _check_files(content["images"], images, annotations, dataset, where)
     return classes
 
 
+def _check_files(rows: list[dict], folder: Path, annotations: Path, dataset: dict, where: str) -> None:
+    """Refuse images that do not exist: the first one, or in training more than may be unusable."""
+    first = folder / rows[0]["file_name"]
+    if not first.is_file():
+        raise UserError(f"{where}: image {first}, the first of {annotations}, does not exist; {hint(folder)}")
+    # One listing per folder: asking for every file takes minutes on a network's file system.
+    names = defaultdict(set)
+    for row in rows:
+        parent, _, name = row["file_name"].rpartition("/")
+        names[parent].add(name)
+    missing = []
+    for parent, wanted in names.items():
+        there = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else set()
+        missing += sorted(folder / parent / name for name in wanted - there)
+    share = 0.0 if dataset.get("test_mode") else dataset.get("max_unusable_share", MAX_UNUSABLE_SHARE)
+    if len(missing) > share * len(rows):
+        raise UserError(
+            f"{where}: {len(missing)} of {len(rows)} images of {annotations} do not exist, as {missing[0]}; "
+            f"{hint(folder)}"
+        )
+    if missing:
+        print_log(f"{where}: {len(missing)} images do not exist, as {missing[0]}", "current", logging.WARNING)
+
+
 def _checkpoints(node: dict, path: str) -> Iterator[tuple[str, str]]:
-    """(where, file) of every ``init_cfg`` in a model config that loads a file."""
+    """(where, file) of every ``init_cfg`` in a model config that loads a file, and of every teacher's weights."""
     for key, value in node.items():
+        if key == "teacher_checkpoint" and isinstance(value, str):
+            yield f"{path}.{key}", value
         for i, item in enumerate(value if isinstance(value, (list, tuple)) else [value]):
             if isinstance(item, dict):
                 where = f"{path}.{key}[{i}]" if isinstance(value, (list, tuple)) else f"{path}.{key}"
@@ -136,12 +173,15 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
             if "://" not in checkpoint and not Path(checkpoint).is_file():
                 raise UserError(f"{where}: file {checkpoint} does not exist")
     known: tuple[str, tuple[str, ...]] | None = None
+    checked: set[Path] = set()
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         if loader is None:
             continue
         for dataset in _leaf_datasets(loader["dataset"]):
             classes = check_dataset(dataset, f"{split}_dataloader")
+            if dataset.get("test_mode") and dataset.get("ann_file"):
+                checked.add(Path(dataset.get("data_root") or "") / dataset["ann_file"])
             if not classes:
                 continue
             known = known or (split, classes)
@@ -157,8 +197,11 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
                         f"{where} is {num_classes}, but {split}_dataloader's data set has {len(classes)} classes"
                     )
         for evaluator in _evaluators(cfg.get(f"{split}_evaluator")):
-            if evaluator.get("ann_file"):
-                read_annotations(Path(evaluator["ann_file"]))
+            path = evaluator.get("ann_file")
+            if path and Path(path) not in checked:
+                content = read_annotations(Path(path))
+                if evaluator["type"] == "CocoMetric":
+                    check_annotations(content, Path(path), evaluated=True)
 
 
 def _evaluators(evaluator: dict | list | None) -> list[dict]:

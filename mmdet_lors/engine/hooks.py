@@ -18,9 +18,9 @@ MIN_SIDE = 400
 """Longer side, in pixels, below which an image is enlarged: labels would cover it otherwise."""
 
 
-def enlarged(image: np.ndarray, sample: DetDataSample) -> tuple[np.ndarray, DetDataSample]:
+def enlarged(image: np.ndarray, sample: DetDataSample, min_side: int = MIN_SIDE) -> tuple[np.ndarray, DetDataSample]:
     """A small image (H, W, 3) and its boxes, made larger by a whole factor; others come back as they are."""
-    factor = -(-MIN_SIDE // max(image.shape[:2]))
+    factor = -(-min_side // max(image.shape[:2]))
     if factor == 1:
         return image, sample
     sample = sample.clone()

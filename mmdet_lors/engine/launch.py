@@ -14,6 +14,9 @@ from mmengine.registry import init_default_scope
 
 from mmdet_lors.errors import UserError
 
+from .network import let_gloo_find_its_interface
+from .restarts import restarted_store
+
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The options that training and testing have in common."""
@@ -49,6 +52,9 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg = Config.fromfile(args.config)
     except (SyntaxError, OSError, KeyError, TypeError, NameError) as error:
         raise UserError(f"config {args.config} cannot be read: {error}") from error
+    except ImportError as error:
+        extra = "; pip install -e .[seg]" if "mmsegmentation" in str(error) else ""
+        raise UserError(f"config {args.config} needs what is not there: {error}{extra}") from error
     if args.cfg_options:
         try:
             cfg.merge_from_dict(args.cfg_options)
@@ -72,8 +78,9 @@ def _prepare_cpu(cfg: Config) -> None:
     cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", broadcast_buffers=False))
     cfg.model_wrapper_cfg["device_ids"] = None
     if cfg.launcher == "pytorch" and not is_distributed():
+        let_gloo_find_its_interface()
         # mmengine would call torch.cuda.set_device first; it leaves an existing process group alone.
-        torch.distributed.init_process_group(backend="gloo")
+        torch.distributed.init_process_group(backend="gloo", **restarted_store())
 
 
 def is_first_process() -> bool:

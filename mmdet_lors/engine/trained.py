@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping
 
-import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -34,8 +33,5 @@ def read_weights(path: str, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
     checkpoint = read_checkpoint(path)
     check_fit(model, checkpoint, path)
     weights = {k.removeprefix("module."): v for k, v in checkpoint.get("state_dict", checkpoint).items()}
-    for key, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"checkpoint {path}: {key} holds values that are not finite")
     meta = checkpoint.get("meta")
     return weights, dict(meta) if isinstance(meta, Mapping) else {}

@@ -47,7 +47,7 @@ class FeatureDistillationLoss(nn.Module):
         self.loss_weight, self.reading = loss_weight, reading
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Either's tokens, one (B, ..., channels) per block -> a scalar, in float32 or more. No gradient to the teacher.
+        """Either's tokens, one (B, ..., channels) per block -> a scalar, float32 or more. No gradient to the teacher.
 
         Raises:
             ValueError: another number of blocks, or tokens of another shape.

@@ -1,5 +1,6 @@
 """Checkpoints: mmengine's own load safely, others are refused in one line."""
 
+import copy
 import os
 import pickle
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.errors import UserError
+from mmdet_lors.pela import compress
 
 
 class Malicious:
@@ -112,6 +114,57 @@ def test_fine_tuning_needs_one_weight_that_fits():
         check_fit(model, {"head": torch.zeros(1)}, "a.pth", partly=True)
 
 
+def compressed() -> tuple[nn.Module, nn.Module]:
+    """A model, and its low-rank form; the last layer stays whole."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    return model, compress(model, 2, omit=["2"])[0]
+
+
+def test_a_low_rank_layer_fits_factors_or_the_whole_weight():
+    model, low_rank = compressed()
+    for weights in (model.state_dict(), low_rank.state_dict()):
+        check_fit(low_rank, weights, "a.pth")
+        check_fit(low_rank, {f"module.{k}": v for k, v in weights.items()}, "a.pth")
+        check_fit(copy.deepcopy(low_rank).to("meta"), weights, "a.pth")
+    check_fit(low_rank[0], model[0].state_dict(), "a.pth")
+    with pytest.raises(UserError, match=r"1 missing \(0.weight\); 2 unexpected \(0.U, 0.V\)"):
+        check_fit(model, low_rank.state_dict(), "a.pth")
+
+
+def test_what_does_not_fit_a_low_rank_layer_is_named():
+    model, low_rank = compressed()
+    weights = model.state_dict()
+    wide = dict(weights, **{"0.weight": torch.zeros(16, 9)})
+    of_another_shape = (
+        "checkpoint a.pth is of another architecture: keys 1 of another shape (0.weight (16, 9) instead of (16, 8))"
+    )
+    without = {k: v for k, v in weights.items() if k != "0.weight"}
+    half = dict(weights, **{"0.U": torch.zeros(8, low_rank[0].rank)})
+    for wrong, message in (
+        (wide, of_another_shape),
+        (without, "checkpoint a.pth is of another architecture: keys 2 missing (0.U, 0.V)"),
+        (half, "checkpoint a.pth is of another architecture: keys 1 missing (0.V); 1 unexpected (0.weight)"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_fit(low_rank, wrong, "a.pth")
+        assert str(error.value) == message
+
+
+def test_a_low_rank_layer_in_two_places_fits_the_whole_weight_in_both():
+    layer = nn.Linear(8, 16)
+    model = nn.ModuleDict(dict(a=layer, b=layer))
+    low_rank, _ = compress(model, 2)
+    check_fit(low_rank, model.state_dict(), "a.pth")
+    assert {"a.U", "b.U"} <= low_rank.state_dict().keys()
+
+
+def test_fine_tuning_counts_a_whole_weight_as_one_that_fits():
+    _, low_rank = compressed()
+    check_fit(low_rank, {"0.weight": torch.zeros(16, 8)}, "a.pth", partly=True)
+    with pytest.raises(UserError, match=r"0.weight \(16, 9\) instead of \(16, 8\)"):
+        check_fit(low_rank, {"0.weight": torch.zeros(16, 9)}, "a.pth", partly=True)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     out = tmp_path / "out.pth"
     out.write_bytes(b"old")
@@ -124,3 +177,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out.pth cannot be written: no space left"):
         write_checkpoint({}, out)
     assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = nn.Linear(3, 2)
+    weights = {"weight": torch.full((2, 3), float("nan")), "bias": torch.zeros(2)}
+    with pytest.raises(UserError, match=r"checkpoint bad\.pth: weight holds values that are not finite"):
+        check_fit(model, {"state_dict": weights}, "bad.pth")

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import LORS_DIGITS, load_config
+from conftest import LORS_DIGITS, ROOT, load_config
 from mmengine.config import Config
 
 from mmdet_lors.engine.checks import check_inputs
@@ -107,3 +107,16 @@ def test_wrapped_data_sets_are_checked(data):
     shutil.rmtree(data / "train")
     with pytest.raises(UserError, match="image folder"):
         check_inputs(cfg, SPLITS)
+
+
+def test_a_teacher_without_its_weights_is_refused(tmp_path):
+    cfg = Config.fromfile(ROOT / "configs/pela/pela-distiller_vit_digits.py")
+    missing = cfg.model.teacher_checkpoint = str(tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match=f"model.teacher_checkpoint: file {missing} does not exist"):
+        check_inputs(cfg, ("train", "val"))
+    # For prediction a distiller is its student.
+    check_inputs(cfg, ("test",))
+    (tmp_path / "teacher.pth").touch()
+    check_inputs(cfg, ("train", "val"))
+    cfg.model.teacher_checkpoint = "timm://vit_tiny_patch16_224"
+    check_inputs(cfg, ("train", "val"))

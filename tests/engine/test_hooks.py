@@ -25,5 +25,6 @@ def test_validation_and_test_run_folded_and_end_factored():
     assert all(torch.equal(model.state_dict()[k], before[k]) for k in before)
 
 
-def test_every_run_has_the_hook():
-    assert [hook["type"] for hook in load_config(LORS_DIGITS).custom_hooks] == ["ServeFoldedHook"]
+def test_every_run_has_the_hooks():
+    hooks = [hook["type"] for hook in load_config(LORS_DIGITS).custom_hooks]
+    assert hooks == ["ServeFoldedHook", "StopOnNonFiniteHook"]

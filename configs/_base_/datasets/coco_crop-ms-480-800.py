@@ -25,5 +25,7 @@ train_pipeline = [
     ),
     dict(type="PackDetInputs"),
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(dataset=dict(type="CheckedCocoDataset", pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
+test_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
 del _scales, _resize

@@ -1,0 +1,39 @@
+"""Which network interface leads to another machine."""
+
+import fcntl
+import os
+import socket
+import struct
+
+SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's IPv4 address."""
+
+
+def interface_towards(address: str) -> str | None:
+    """Name of the interface that packets to an address leave with, or None: unknown, or not out of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # Nothing is sent: this looks the way up.
+            probe.connect((address, 9))
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == own and not own.startswith("127."):
+                return name
+    return None
+
+
+def let_gloo_find_its_interface() -> None:
+    """Have gloo listen where machine 0 is reached from, unless ``GLOO_SOCKET_IFNAME`` says otherwise.
+
+    On its own it listens where the host's name leads to, which is the loopback device on many machines: Debian's
+    ``/etc/hosts`` says so. Other machines cannot connect there.
+    """
+    name = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -1,0 +1,52 @@
+"""All random numbers that training draws in a process: their state, as plain tensors and numbers, and a scope."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's, numpy's and torch's global generators, and of the current GPU's; torch's safe loader reads
+    it."""
+    version, words, python_gauss = random.getstate()
+    _, key, position, has_gauss, gauss = np.random.get_state()
+    state = dict(
+        python=dict(version=version, words=torch.tensor(words), gauss=python_gauss),
+        numpy=dict(key=torch.from_numpy(key.astype(np.int64)), position=position, has_gauss=has_gauss, gauss=gauss),
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on from a :func:`random_state`; a GPU's is left alone where either side has none."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    key = numpy["key"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def seeded(key: tuple[int, ...]) -> Iterator[None]:
+    """Random numbers on the CPU that depend on ``key`` alone; outside, the generators are as if nothing was drawn."""
+    generator = torch.default_generator  # torch.manual_seed would seed the GPUs as well.
+    before = random.getstate(), np.random.get_state(), generator.get_state()
+    words = np.random.SeedSequence(key).generate_state(8)
+    random.seed(words[:4].tobytes())
+    np.random.seed(words[4:6])
+    generator.manual_seed(int.from_bytes(words[6:].tobytes(), "little") >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        generator.set_state(before[2])

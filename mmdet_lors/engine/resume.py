@@ -1,0 +1,156 @@
+"""Which checkpoint a run goes on from, the same in all its processes, and how to go on with a run that stopped."""
+
+import argparse
+import errno
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, init_dist, is_distributed
+from mmengine.utils.dl_utils import set_multi_processing
+
+from mmdet_lors.errors import UserError
+
+from .checkpoint import read_checkpoint
+from .launch import is_first_process
+from .reliable_checkpoint import STOPPED
+from .restarts import restarted_store, restarts
+from .seal import damage, saved_at
+
+LOOPS = dict(EpochBasedTrainLoop="ResumableEpochLoop", IterBasedTrainLoop="ResumableIterLoop")
+
+
+def make_resumable(cfg: Config) -> None:
+    """Give a config the loops and data workers that a run needs to be interrupted anywhere."""
+    loop = cfg.train_cfg
+    if "by_epoch" in loop:
+        loop.type = "EpochBasedTrainLoop" if loop.pop("by_epoch") else "IterBasedTrainLoop"
+    loop.type = LOOPS.get(loop.type, loop.type)
+    for name in ("train_dataloader", "val_dataloader"):
+        loader = cfg.get(name)
+        if loader and "disable_subprocess_warning" not in loader:
+            loader.setdefault("worker_init_fn", dict(type="outlive_sigterm"))
+
+
+def newest_good_checkpoint(cfg: Config) -> str | None:
+    """The newest checkpoint of the config's work folder that is whole, or None where there is none.
+
+    Damaged ones are skipped, with a line that says why; the best checkpoints have no optimizer and do not count.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    hook = cfg.default_hooks.get("checkpoint") or {}
+    folder = Path(cfg.work_dir)
+    if hook.get("out_dir"):
+        folder = Path(hook["out_dir"], folder.name)
+    template = hook.get("filename_tmpl") or "*_{}.pth"
+    found = {*folder.glob(template.format("*")), *folder.glob(STOPPED)}
+    found = {path for path in found if not path.name.startswith("best_")}
+    skipped = []
+    for path in sorted(found, key=saved_at, reverse=True):
+        if (reason := damage(path)) is None:
+            return str(path)
+        skipped.append(f"{path}: {reason}")
+        print(f"checkpoint {path} is skipped: {reason}", file=sys.stderr, flush=True)
+    if skipped:
+        raise UserError(f"--resume finds no checkpoint that is whole in {folder}; {'; '.join(skipped)}")
+    return None
+
+
+def choose_start(cfg: Config, given: str | None) -> str | None:
+    """Set what the run starts from in the config, in all processes to what the first one found.
+
+    Args:
+        cfg: its ``resume``, ``load_from`` and ``randomness`` are set.
+        given: path of a checkpoint to resume from, "auto" for the newest, or None for what the config says. A run that
+            torchrun has started again always resumes from the newest, if there is one.
+
+    Returns:
+        The file or address to load, or None.
+
+    Raises:
+        UserError: as :func:`newest_good_checkpoint` and :func:`~mmdet_lors.engine.checkpoint.read_checkpoint`.
+    """
+    if given:
+        cfg.resume, cfg.load_from = True, None if given == "auto" else given
+    if not cfg.get("resume") and not restarts():
+        return cfg.get("load_from")
+    if cfg.launcher != "none" and not is_distributed():
+        set_multi_processing(**cfg.env_cfg.get("mp_cfg", {}), distributed=True)
+        init_dist(cfg.launcher, **{**cfg.env_cfg.get("dist_cfg", {}), **restarted_store()})
+    answer = [_find_start(cfg) if is_first_process() else None]
+    broadcast_object_list(answer)
+    cfg.resume, cfg.load_from, seed = answer[0]
+    if seed is not None:
+        # Before anything is built: the sampler's order and what is augmented depend on it.
+        cfg.setdefault("randomness", {})["seed"] = seed
+    return cfg.load_from
+
+
+def _find_start(cfg: Config) -> tuple[bool, str | None, int | None]:
+    """(resume, load_from, seed), found by the first process."""
+    resume, path = cfg.get("resume", False), cfg.get("load_from")
+    if not path or restarts():
+        newest = newest_good_checkpoint(cfg)
+        resume, path = (True, newest) if newest else (resume and bool(path), path)
+    if not resume:
+        if not path:
+            print(f"no checkpoint in {cfg.work_dir} yet: the run starts from the beginning", flush=True)
+        return False, path, None
+    print(f"resuming from {path}", flush=True)
+    seed = None if "://" in path else read_checkpoint(path).get("meta", {}).get("seed")
+    return True, path, seed
+
+
+def how_to_go_on(args: argparse.Namespace, argv: list[str]) -> str:
+    """The command that goes on with this run.
+
+    Args:
+        args: the parsed command line, of which ``config`` and ``launcher`` are read.
+        argv: the command line.
+    """
+    words, rest = argv[1:], []
+    words.remove(args.config)
+    while words:
+        word = words.pop(0)
+        if word in ("--resume", "--launcher", "--local-rank", "--local_rank"):
+            if words and not words[0].startswith("-"):
+                words.pop(0)
+        elif word.split("=")[0] not in ("--resume", "--launcher", "--local-rank", "--local_rank"):
+            rest.append(word)
+    if args.launcher == "pytorch":
+        command = ["bash", "tools/dist_train.sh", args.config, os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    elif args.launcher == "none":
+        command = ["python", "tools/train.py", args.config]
+    else:
+        return "the same command with --resume"
+    return shlex.join([*command, *rest, "--resume"])
+
+
+@contextmanager
+def faults_in_one_line() -> Iterator[None]:
+    """Errors of other processes and of the disk, as one line.
+
+    Raises:
+        UserError: the connection to another process broke, or the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}") from error
+    except RuntimeError as error:
+        text = str(error)
+        if not any(sign in text for sign in ("onnection closed", "onnection reset", "roken pipe", "NCCL")):
+            raise
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
+        raise UserError(
+            f"process {rank} lost the connection to another process, which ended or was killed: "
+            f"{text.splitlines()[0]}; --resume goes on from the newest checkpoint"
+        ) from error
