@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
+from mmengine.visualization import Visualizer
 from torch import nn
 
 import mmdet_lors  # noqa: F401
@@ -35,6 +38,30 @@ def _registries():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _process():
+    """A run leaves loggers, visualizers and a signal handler in its process; the next test does not get them."""
+    kinds = [MMLogger, MessageHub, DefaultScope, *_with_subclasses(Visualizer)]
+    before = {kind: kind._instance_dict.copy() for kind in kinds}
+    handler = signal.getsignal(signal.SIGTERM)
+    forget_visualizers()
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    for kind, instances in before.items():
+        kind._instance_dict.clear()
+        kind._instance_dict.update(instances)
+
+
+def forget_visualizers() -> None:
+    """There is one of each name in a process, and it keeps the folder of its first run."""
+    for kind in _with_subclasses(Visualizer):
+        kind._instance_dict.clear()
+
+
+def _with_subclasses(kind: type) -> list[type]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _with_subclasses(child))]
 
 
 @pytest.fixture(scope="session")

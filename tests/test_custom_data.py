@@ -2,15 +2,12 @@
 
 import json
 import re
-import signal
 import sys
 from pathlib import Path
 
 import mmcv
 import pytest
 from conftest import ROOT, is_picture, load_tool, refused
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
 
 CODE = dict(
     re.findall(r"^```python\n# (\S+)\n(.*?)^```", (ROOT / "docs" / "custom_data.md").read_text(), re.M | re.S),
@@ -36,20 +33,14 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tool(folder, monkeypatch):
-    """Run a tool's main() in the user's folder; what a run leaves in the process is taken back."""
-    before = signal.getsignal(signal.SIGTERM)
-    current = {kind: kind._instance_dict.copy() for kind in (MMLogger, MessageHub, DefaultScope)}
+    """Run a tool's main() in the user's folder."""
     monkeypatch.chdir(folder)
 
     def call(name: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         load_tool(f"{name}.py").main()
 
-    yield call
-    signal.signal(signal.SIGTERM, before)
-    for kind, instances in current.items():
-        kind._instance_dict.clear()
-        kind._instance_dict.update(instances)
+    return call
 
 
 def test_the_page_goes_from_pictures_to_detections(folder, tool, capsys):

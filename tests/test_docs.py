@@ -81,6 +81,9 @@ def test_the_site_builds_without_a_warning(tmp_path, capsys):
     assert not failed, capsys.readouterr().err
     for page in ROOT.glob("docs/**/*.md"):
         assert (tmp_path / page.relative_to(ROOT / "docs")).with_suffix(".html").is_file()
+    reference = "".join(page.read_text() for page in (tmp_path / "reference").glob("*.html"))
+    for module in (ROOT / "mmdet_lors").glob("*/[!_]*.py"):
+        assert module.parent.name == "analysis" or f"mmdet_lors.{module.parent.name}.{module.stem}" in reference, module
 
 
 def test_links_of_the_readme_lead_somewhere():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the environment (tools/setup_env.sh has the settings), then runs the tests.
 #
-# Usage: bash tools/run_tests.sh [--no-venv] [pytest arguments; default: tests]
+# Usage: bash tools/run_tests.sh [--no-venv] [pytest arguments; default: all tests, in up to 4 processes]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,4 +10,7 @@ case ${1:-} in -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 if [[ ${1:-} == --no-venv ]]; then setup=(--no-venv) && shift; fi
 
 python=$(bash tools/setup_env.sh --print-python "${setup[@]}")
-exec "$python" -m pytest "${@:-tests}"
+# Threads of several processes would get in each other's way.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+[[ $# -gt 0 ]] || set -- -n auto --maxprocesses 4 --dist loadfile tests
+exec "$python" -m pytest "$@"

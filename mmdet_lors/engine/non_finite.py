@@ -179,8 +179,10 @@ class StopOnNonFiniteHook(Hook):
     def _images(self, runner: Runner) -> list[str]:
         """Ids and paths of the batch's images, or their places in the data set."""
         samples = self.batch.get("data_samples") if isinstance(self.batch, dict) else None
-        if isinstance(samples, list) and all(hasattr(sample, "img_id") for sample in samples):
-            return [f"{sample.img_id} ({sample.get('img_path', '?')})" for sample in samples]
+        if isinstance(samples, list) and all(hasattr(sample, "img_path") for sample in samples):
+            ids = [sample.get("img_id") for sample in samples]
+            paths = [sample.img_path for sample in samples]
+            return [path if i is None else f"{i} ({path})" for i, path in zip(ids, paths, strict=True)]
         loader = runner.train_dataloader
         batches = getattr(loader.batch_sampler, "batches", loader.batch_sampler)  # below ResumableBatches
         if type(batches) is not BatchSampler or not isinstance(runner.train_loop, EpochBasedTrainLoop):

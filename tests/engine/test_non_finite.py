@@ -60,7 +60,9 @@ class Spoiler(nn.Module):
 
 
 class Small(BaseModel):
-    """first -> spoiler -> last -> mean square."""
+    """first -> spoiler -> last -> mean square; plus infinity in the calls of ``infinite_at``, which has no gradient."""
+
+    infinite_at = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +73,8 @@ class Small(BaseModel):
         return super().train_step(data, optim_wrapper)
 
     def forward(self, inputs: Tensor, data_samples: list, mode: str) -> dict:
-        return dict(loss_square=self.last(self.spoiler(self.first(torch.stack(list(inputs))))).square().mean())
+        loss = self.last(self.spoiler(self.first(torch.stack(list(inputs))))).square().mean()
+        return dict(loss_square=loss + torch.inf if self.spoiler.call in self.infinite_at else loss)
 
 
 class Points(Dataset):
@@ -375,24 +378,29 @@ class Count(Hook):
 
 
 def worker(rank: int, port: int, out: Path) -> None:
-    """One of two processes; the second computes NaN in its second step."""
+    """One of two processes; the second computes NaN, then in another run infinity, in its second step."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     register_all_modules(init_default_scope=True)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    trained = runner(
-        out / "work",
-        launcher="pytorch",
-        env_cfg=dict(dist_cfg=dict(backend="gloo")),
-        cfg=dict(model_wrapper_cfg=dict(type="MMDistributedDataParallel", device_ids=None)),
-    )
-    trained.model.module.spoiler.forward_at = (1,) if rank else ()
-    trained.register_hook(Count())
-    try:
-        trained.train()
-    except UserError as error:
-        assert same(list(trained.model.parameters()), trained.weights[-1])
-        (out / f"{rank}.txt").write_text(str(error))
+    for kind in ("nan", "inf"):
+        trained = runner(
+            out / kind,
+            launcher="pytorch",
+            env_cfg=dict(dist_cfg=dict(backend="gloo")),
+            cfg=dict(model_wrapper_cfg=dict(type="MMDistributedDataParallel", device_ids=None)),
+        )
+        model = trained.model.module
+        if rank and kind == "nan":
+            model.spoiler.forward_at = (1,)
+        elif rank:
+            model.infinite_at = (1,)  # seen by this process alone: every gradient is finite
+        trained.register_hook(Count())
+        try:
+            trained.train()
+        except UserError as error:
+            assert same(list(model.parameters()), trained.weights[-1]) == (kind == "nan")
+            (out / f"{kind}_{rank}.txt").write_text(str(error))
     torch.distributed.destroy_process_group()
 
 
@@ -402,7 +410,8 @@ def test_two_processes_stop_together(tmp_path):
         port = s.getsockname()[1]
     mp.spawn(worker, (port, tmp_path), nprocs=2)
     for rank in (0, 1):
-        assert (tmp_path / f"{rank}.txt").read_text() == (
-            "loss is nan in process 1 at epoch 1, iteration 2, on images 105 (5.png), 107 (7.png); "
-            "not finite first: output of spoiler (Spoiler), last (Linear)"
-        )
+        for kind, first in (("nan", "output of spoiler (Spoiler), last (Linear)"), ("inf", "loss loss_square")):
+            assert (tmp_path / f"{kind}_{rank}.txt").read_text() == (
+                f"loss is {kind} in process 1 at epoch 1, iteration 2, on images 105 (5.png), 107 (7.png); "
+                f"not finite first: {first}"
+            )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, load_tool, refused
+from conftest import ROOT, forget_visualizers, load_tool, refused
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope, init_default_scope
@@ -288,10 +288,7 @@ def options(data: Path, name: str) -> list[str]:
 
 
 def call(tool: str, monkeypatch, *arguments: str) -> None:
-    from mmseg.visualization import SegLocalVisualizer
-
-    # There is one per process, which keeps the folder of its first run.
-    SegLocalVisualizer._instance_dict.clear()
+    forget_visualizers()
     module = load_tool(tool)
     monkeypatch.setattr(sys, "argv", [tool, *arguments])
     module.main()

@@ -135,7 +135,12 @@ class FaultHook(Hook):
         if runner.iter != self.iteration:
             return
         if self.signal:
-            self.send(self.process, getattr(signal, self.signal))
+            # From elsewhere: torch's data workers forgive a SIGTERM that their parent sends.
+            sender = os.fork()
+            if sender == 0:
+                self.send(self.process, getattr(signal, self.signal))
+                os._exit(0)
+            os.waitpid(sender, 0)
         if self.largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, self.largest_file))
 
