@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,7 +82,18 @@ def _prepare_cpu(cfg: Config) -> None:
     if cfg.launcher == "pytorch" and not is_distributed():
         let_gloo_find_its_interface()
         # mmengine would call torch.cuda.set_device first; it leaves an existing process group alone.
-        torch.distributed.init_process_group(backend="gloo", **restarted_store())
+        with _ended_by_sigterm():
+            torch.distributed.init_process_group(backend="gloo", **restarted_store())
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the process in here: no handler of Python's would run while torch waits for other processes."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_first_process() -> bool:

@@ -1,0 +1,36 @@
+"""What all tools do before they begin."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from conftest import LORS_DIGITS, ROOT
+
+WAITING = f"""
+from argparse import Namespace
+from mmdet_lors.engine import launch
+from mmdet_lors.engine.stop import stop_at_once
+
+stop_at_once()
+launch.let_gloo_find_its_interface = lambda: print("waiting", flush=True)
+launch.load_config(Namespace(config="{LORS_DIGITS}", cfg_options=None, launcher="pytorch", work_dir=None))
+"""
+
+
+def test_sigterm_ends_a_process_that_waits_for_others():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(os.environ, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    command = [sys.executable, "-W", "ignore", "-c", WAITING]
+    with subprocess.Popen(command, cwd=ROOT, env=dict(env, CUDA_VISIBLE_DEVICES=""), stdout=subprocess.PIPE) as waits:
+        assert waits.stdout.readline() == b"waiting\n"
+        time.sleep(1)
+        waits.terminate()
+        try:
+            assert waits.wait(10) == -signal.SIGTERM
+        finally:
+            waits.kill()
