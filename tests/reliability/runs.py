@@ -5,10 +5,11 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ class FaultHook(Hook):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, self.largest_file))
 
 
+def _die(fsync: Callable, left: list[int], descriptor: int) -> None:
+    """Flush a file, and die instead when its turn has come."""
+    left[0] -= not stat.S_ISDIR(os.fstat(descriptor).st_mode)
+    if left[0] == 0:
+        os.killpg(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+
+
 def _train(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.setsid()
     os.chdir(ROOT)
@@ -155,6 +164,8 @@ def _train(arguments: list[str], environment: dict[str, str], log: str) -> None:
     # Pretty-printing the config takes longer than a tiny run.
     mmengine_config.FormatCode = lambda text, **_: (text, False)
     torch.set_num_threads(1)
+    if "DIE_WRITING" in environment:
+        os.fsync = partial(_die, os.fsync, [int(environment["DIE_WRITING"])])
     sys.argv = ["tools/train.py", *arguments]
     try:
         run_tool(load_tool("train.py").main)
@@ -185,18 +196,29 @@ def free_port() -> int:
 
 
 class Run:
-    """tools/train.py with a config, in one process or several."""
+    """tools/train.py with a config, in one process or several.
 
-    def __init__(self, config: Path, work: Path, *arguments: str, processes: int = 1) -> None:
+    Args:
+        config: the config.
+        work: its work folder.
+        arguments: further arguments.
+        processes: how many.
+        die_writing: which checkpoint to die at, from 1, all of it written and nothing flushed.
+    """
+
+    def __init__(
+        self, config: Path, work: Path, *arguments: str, processes: int = 1, die_writing: int | None = None
+    ) -> None:
         start_server()
         self.work, self.logs, self.processes = work, [], []
-        common = dict(QUIET, WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        alone = dict(QUIET, **({"DIE_WRITING": str(die_writing)} if die_writing else {}))
+        common = dict(alone, WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         launcher = ["--launcher", "pytorch"] if processes > 1 else []
         for rank in range(processes):
             environment = dict(common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
             log = work.with_name(f"{work.name}.{rank}.{time.monotonic_ns()}.log")
             line = [str(config), "--work-dir", str(work), *arguments, *launcher]
-            process = FORKS.Process(target=_train, args=(line, environment if processes > 1 else QUIET, str(log)))
+            process = FORKS.Process(target=_train, args=(line, environment if processes > 1 else alone, str(log)))
             process.start()
             self.logs.append(log)
             self.processes.append(process)
