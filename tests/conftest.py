@@ -1,6 +1,7 @@
 """What tests share: mmdet's registries, a fixed seed, configs small enough for a CPU, a tiny data set."""
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -47,17 +48,27 @@ def _process():
     before = {kind: kind._instance_dict.copy() for kind in kinds}
     handler = signal.getsignal(signal.SIGTERM)
     forget_visualizers()
+    _forget_closed_files()
     yield
     signal.signal(signal.SIGTERM, handler)
     for kind, instances in before.items():
         kind._instance_dict.clear()
         kind._instance_dict.update(instances)
+    _forget_closed_files()
 
 
 def forget_visualizers() -> None:
     """There is one of each name in a process, and it keeps the folder of its first run."""
     for kind in _with_subclasses(Visualizer):
         kind._instance_dict.clear()
+
+
+def _forget_closed_files() -> None:
+    """Whoever configures Python's logging anew, as a web server does, closes the log files of all loggers."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.FileHandler) and handler.stream is None:
+                logger.removeHandler(handler)
 
 
 def _with_subclasses(kind: type) -> list[type]:
