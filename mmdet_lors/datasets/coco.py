@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 from PIL import Image
@@ -44,7 +45,7 @@ class CheckedCocoDataset(CocoDataset):
         content = read_annotations(Path(path))
         for line in check_annotations(content, Path(path), self.metainfo["classes"], self.test_mode):
             print_log(line, logger="current", level=logging.WARNING)
-        coco = super().COCOAPI()
+        coco = _Index()
         coco.dataset = content
         coco.createIndex()
         return coco
@@ -111,6 +112,15 @@ class CheckedCocoDataset(CocoDataset):
                 raise UserError(f"image {path} cannot be used: {reason_of(error)}") from error
             self.unusable.add(index, path, error, trace=loaded and error.__cause__ is not None)
             return None
+
+
+class _Index(COCO):
+    """mmdet's COCO index, whose names of its own follow whenever the index is made."""
+
+    def createIndex(self) -> None:  # noqa: N802
+        """Index annotations by image and by category."""
+        super().createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
 
 def _check_whole(path: Path) -> None:

@@ -44,10 +44,10 @@ def test_in_the_middle_of_an_epoch(processes, whole, tiny_digits, tmp_path):
     assert [run.output().count("stopped by SIGTERM") for run in (first, second)] == [1, 0]
     command = [f"python tools/train.py {tmp_path}/faulty.py", f"bash tools/dist_train.sh {tmp_path}/faulty.py 2"]
     assert (
-        f"stopped by SIGTERM, saved {tmp_path}/work/stopped.pth; go on with: {command[processes - 1]} "
+        f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; go on with: {command[processes - 1]} "
         f"--work-dir {tmp_path}/work --resume"
     ) in first.output().splitlines()
-    assert f"resuming from {tmp_path}/work/stopped.pth" in second.output()
+    assert f"resuming from {tmp_path / 'work' / 'stopped.pth'}" in second.output()
     assert same_training(whole[processes] / "iter_6.pth", second.work / "iter_6.pth") == []
     assert not (tmp_path / "work/stopped.pth").exists()
 
