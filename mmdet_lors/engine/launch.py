@@ -76,7 +76,7 @@ def _prepare_cpu(cfg: Config) -> None:
     """Distributed training without a GPU: gloo, and a DistributedDataParallel without device ids."""
     if cfg.launcher == "none":
         return
-    cfg.env_cfg.setdefault("dist_cfg", {})["backend"] = "gloo"
+    cfg.env_cfg.dist_cfg = dict(cfg.env_cfg.get("dist_cfg") or {}, backend="gloo")
     cfg.setdefault("model_wrapper_cfg", dict(type="MMDistributedDataParallel", broadcast_buffers=False))
     cfg.model_wrapper_cfg["device_ids"] = None
     if cfg.launcher == "pytorch" and not is_distributed():

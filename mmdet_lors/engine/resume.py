@@ -88,7 +88,7 @@ def choose_start(cfg: Config, given: str | None) -> str | None:
     cfg.resume, cfg.load_from, seed = answer[0]
     if seed is not None:
         # Before anything is built: the sampler's order and what is augmented depend on it.
-        cfg.setdefault("randomness", {})["seed"] = seed
+        cfg.randomness = dict(cfg.get("randomness") or {}, seed=seed)
     return cfg.load_from
 
 
