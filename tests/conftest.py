@@ -30,6 +30,10 @@ PLAIN_DIGITS = "configs/adamixer/adamixer_r18_digits.py"
 LORS_DIGITS = "configs/lors/adamixer-lors_r18_digits.py"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-config", action="store_true", help="run every config, not one of every base")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _registries():
     register_all_modules(init_default_scope=True)
@@ -98,10 +102,10 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-def run(*command: str, port: int | None = None) -> subprocess.CompletedProcess:
-    """A command in the project's folder, without a GPU."""
+def run(*command: str, port: int | None = None, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """A command in the project's folder, or another, without a GPU."""
     env = dict(os.environ, PYTHON=sys.executable, PORT=str(port or 29500), CUDA_VISIBLE_DEVICES="")
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

@@ -12,5 +12,6 @@ if [[ ${1:-} == --no-venv ]]; then setup=(--no-venv) && shift; fi
 python=$(bash tools/setup_env.sh --print-python "${setup[@]}")
 # Threads of several processes would get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-[[ $# -gt 0 ]] || set -- -n auto --maxprocesses 4 --dist loadfile tests
+# Files in their own order, not those with the most tests first: the longest, the runs of configs, start early.
+[[ $# -gt 0 ]] || set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 exec "$python" -m pytest "$@"

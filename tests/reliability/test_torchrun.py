@@ -59,7 +59,10 @@ def test_restart_and_sigterm(tiny_digits, tmp_path):
     assert job.returncode == 0, job.stderr[-3000:]
     assert "error: process 0 lost the connection to another process" in job.stderr
     assert job.stdout.count(f"resuming from {tmp_path / 'work' / 'epoch_10.pth'}") == 1
-    assert f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; go on with: bash tools/dist_train.sh" in job.stdout
+    assert (
+        f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; go on with: bash tools/dist_train.sh"
+        in job.stdout
+    )
     config = write_config("classification", tmp_path, tiny_digits, SETTINGS)
     whole, rest = Run(config, tmp_path / "whole", processes=2), Run(config, tmp_path / "work", "--resume", processes=2)
     assert f"resuming from {tmp_path / 'work' / 'stopped.pth'}" in rest.done().output()

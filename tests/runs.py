@@ -1,4 +1,4 @@
-"""Runs of tools/train.py as processes of their own, forked from one that has imported everything, and their faults."""
+"""Runs of the tools as processes of their own, forked from one that has imported everything, and their faults."""
 
 import multiprocessing
 import os
@@ -30,7 +30,9 @@ if os.environ.get("LATE_AFTER_RESTART") == os.environ.get("RANK", "none") and re
     time.sleep(3)
 
 QUIET = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-MODULES = os.pathsep.join(map(str, (Path(__file__).parent, ROOT / "tests", ROOT)))
+# Large models: glibc would give every block back to the system, and get it again page by page.
+QUIET |= dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(1 << 36))
+MODULES = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "tests/configs", ROOT)))
 
 SMALL = """
 _base_ = {bases!r}
@@ -155,9 +157,12 @@ def _die(fsync: Callable, left: list[int], descriptor: int) -> None:
     fsync(descriptor)
 
 
-def _train(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _run(
+    tool: str, folder: Path, prepare: Callable, arguments: list[str], environment: dict[str, str], log: str
+) -> None:
     os.setsid()
-    os.chdir(ROOT)
+    os.chdir(folder)
+    prepare()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -167,9 +172,9 @@ def _train(arguments: list[str], environment: dict[str, str], log: str) -> None:
     torch.set_num_threads(1)
     if "DIE_WRITING" in environment:
         os.fsync = partial(_die, os.fsync, [int(environment["DIE_WRITING"])])
-    sys.argv = ["tools/train.py", *arguments]
+    sys.argv = [f"tools/{tool}", *arguments]
     try:
-        run_tool(load_tool("train.py").main)
+        run_tool(load_tool(tool).main)
     finally:
         sys.stdout.flush()
 
@@ -197,7 +202,7 @@ def free_port() -> int:
 
 
 class Run:
-    """tools/train.py with a config, in one process or several.
+    """tools/train.py, or tools/test.py, with a config, in one process or several.
 
     Args:
         config: the config.
@@ -205,10 +210,21 @@ class Run:
         arguments: further arguments.
         processes: how many.
         die_writing: which checkpoint to die at, from 1, half of it written.
+        tool: its file.
+        folder: where it is started.
+        prepare: called in its process, before everything else.
     """
 
     def __init__(
-        self, config: Path, work: Path, *arguments: str, processes: int = 1, die_writing: int | None = None
+        self,
+        config: Path,
+        work: Path,
+        *arguments: str,
+        processes: int = 1,
+        die_writing: int | None = None,
+        tool: str = "train.py",
+        folder: Path = ROOT,
+        prepare: Callable = int,
     ) -> None:
         start_server()
         self.work, self.logs, self.processes = work, [], []
@@ -219,7 +235,8 @@ class Run:
             environment = dict(common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
             log = work.with_name(f"{work.name}.{rank}.{time.monotonic_ns()}.log")
             line = [str(config), "--work-dir", str(work), *arguments, *launcher]
-            process = FORKS.Process(target=_train, args=(line, environment if processes > 1 else alone, str(log)))
+            settings = environment if processes > 1 else alone
+            process = FORKS.Process(target=_run, args=(tool, folder, prepare, line, settings, str(log)))
             process.start()
             self.logs.append(log)
             self.processes.append(process)
@@ -238,9 +255,9 @@ class Run:
             raise AssertionError(f"not done after {timeout} s:\n{self.output()[-3000:]}")
         return [process.exitcode for process in self.processes]
 
-    def done(self) -> "Run":
+    def done(self, timeout: float = 120) -> "Run":
         """Itself, once it has ended well."""
-        codes = self.wait()
+        codes = self.wait(timeout)
         assert codes == [0] * len(codes), f"{codes}:\n" + "\n".join(self.output(r)[-3000:] for r in range(len(codes)))
         return self
 
