@@ -142,7 +142,7 @@ def main() -> None:
     images, video = find_sources(args.inputs)
     check(args, video)
     pictures = picture_paths(images, args.out) if images else video_path(args.out, video)
-    cfg = load_config(argparse.Namespace(**vars(args), launcher="none", work_dir=None))
+    cfg = load_config(args.config, args.cfg_options)
     inferencer = Inferencer(cfg, args.checkpoint, args.device, skip_unreadable=len(images) > 1)
     ids = None
     if args.coco and args.ann_file:

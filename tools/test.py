@@ -88,7 +88,7 @@ def augment(cfg: Config) -> None:
 def main() -> None:
     """Check the inputs, then hand over to mmengine's runner."""
     args = parse_args()
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options, args.launcher, args.work_dir)
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out {args.out}: the name must end in .pkl or .pickle")
     if is_first_process():

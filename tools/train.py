@@ -60,7 +60,7 @@ def use_amp(cfg: Config, dtype: str) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Check the inputs, then hand over to mmengine's runner."""
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options, args.launcher, args.work_dir)
     if args.amp:
         use_amp(cfg, args.amp)
     if args.auto_scale_lr:

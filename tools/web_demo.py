@@ -72,7 +72,7 @@ def main() -> None:
     """Check, load the detector, serve until interrupted."""
     args = parse_args()
     check(args)
-    cfg = load_config(argparse.Namespace(**vars(args), launcher="none", work_dir=None))
+    cfg = load_config(args.config, args.cfg_options)
     inferencer = Inferencer(cfg, args.checkpoint, args.device, show_progress=False)
 
     import uvicorn

@@ -42,28 +42,36 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """The config with the command line's settings in it, ready for this machine.
+def load_config(
+    path: str | Path, options: dict | None = None, launcher: str = "none", work_dir: str | None = None
+) -> Config:
+    """A config with the command line's settings in it, ready for this machine.
+
+    Args:
+        path: the config file.
+        options: settings that override it, by dotted name.
+        launcher: how the processes were started.
+        work_dir: where logs and results go; None for what the config says, or else work_dirs/<config name>.
 
     Raises:
         UserError: a config file that is missing or broken, or settings that do not fit it.
     """
-    if not Path(args.config).is_file():
-        raise UserError(f"config {args.config} does not exist")
+    if not Path(path).is_file():
+        raise UserError(f"config {path} does not exist")
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = Config.fromfile(path)
     except (SyntaxError, OSError, KeyError, TypeError, NameError) as error:
-        raise UserError(f"config {args.config} cannot be read: {error}") from error
+        raise UserError(f"config {path} cannot be read: {error}") from error
     except ImportError as error:
         extra = "; pip install -e .[seg]" if "mmsegmentation" in str(error) else ""
-        raise UserError(f"config {args.config} needs what is not there: {error}{extra}") from error
-    if args.cfg_options:
+        raise UserError(f"config {path} needs what is not there: {error}{extra}") from error
+    if options:
         try:
-            cfg.merge_from_dict(args.cfg_options)
+            cfg.merge_from_dict(options)
         except (KeyError, TypeError) as error:
-            raise UserError(f"--cfg-options does not fit config {args.config}: {error.args[0]}") from error
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(args.config).stem)
+            raise UserError(f"--cfg-options does not fit config {path}: {error.args[0]}") from error
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(path).stem)
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get("default_scope", "mmdet"))
     setup_cache_size_limit_of_dynamo()

@@ -1,6 +1,5 @@
 """A trained AdaMixer, as the tools that change its weights get it: a config and a checkpoint that belong together."""
 
-import argparse
 from collections.abc import Mapping
 
 from mmengine.config import Config
@@ -18,7 +17,7 @@ def read_config(path: str) -> Config:
     Raises:
         UserError: no such file, a broken one, or one without an AdaMixer decoder.
     """
-    cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
+    cfg = load_config(path)
     if cfg.get("model", {}).get("decoder") is None:
         raise UserError(f"config {path} has no model.decoder: it is no AdaMixer")
     return cfg

@@ -1,6 +1,5 @@
 """mmdet's DetInferencer with our safe reader of checkpoints, LORS served folded, and small images drawn enlarged."""
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
@@ -71,9 +70,7 @@ class Inferencer(DetInferencer):
         self.skip_unreadable = skip_unreadable
         self.unreadable: list[str] = []
         if not isinstance(config, Config):
-            config = load_config(
-                argparse.Namespace(config=str(config), cfg_options=None, launcher="none", work_dir=None)
-            )
+            config = load_config(config)
         _check_config(config)
         super().__init__(
             model=config,

@@ -10,13 +10,12 @@ import time
 from conftest import LORS_DIGITS, ROOT
 
 WAITING = f"""
-from argparse import Namespace
 from mmdet_lors.engine import launch
 from mmdet_lors.engine.stop import stop_at_once
 
 stop_at_once()
 launch.let_gloo_find_its_interface = lambda: print("waiting", flush=True)
-launch.load_config(Namespace(config="{LORS_DIGITS}", cfg_options=None, launcher="pytorch", work_dir=None))
+launch.load_config("{LORS_DIGITS}", launcher="pytorch")
 """
 
 

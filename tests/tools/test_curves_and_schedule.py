@@ -1,6 +1,5 @@
 """What a real run of mmengine logs is what is previewed and what is plotted."""
 
-import argparse
 import importlib.util
 import json
 import math
@@ -239,7 +238,7 @@ def test_logs_refuses(arguments, message, tmp_path, monkeypatch, root, capsys):
 def test_tensorboard_by_an_option(config, tmp_path, root, monkeypatch):
     monkeypatch.chdir(root)
     options = {"visualizer.vis_backends.0.type": "TensorboardVisBackend"}
-    cfg = launch.load_config(argparse.Namespace(config=config, cfg_options=options, launcher="none", work_dir=None))
+    cfg = launch.load_config(config, options)
     visualizer = VISUALIZERS.build(dict(cfg.visualizer, save_dir=str(tmp_path), name=f"tensorboard {config}"))
     visualizer.add_scalars(dict(loss=1.5, lr=0.1), step=7)
     visualizer.close()

@@ -164,7 +164,7 @@ def main() -> None:
         check_writable("--out", args.out)
     elif args.out and args.out.is_file():
         raise UserError(f"--out {args.out}: is a file of another kind; name a folder, or one of {', '.join(FORMATS)}")
-    cfg = load_config(argparse.Namespace(config=args.config, cfg_options=None, launcher="none", work_dir=None))
+    cfg = load_config(args.config)
     dataset = build_dataset(cfg, args.split)
     found = []
     for picture in pictures(cfg, dataset, args.start, args.number, args.seed):

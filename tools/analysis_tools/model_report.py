@@ -45,7 +45,7 @@ def report_config(path: str, size: tuple[int, int]) -> tuple[Report, Report | No
     Raises:
         UserError: a config that is missing or broken, or builds no AdaMixer.
     """
-    cfg = load_config(argparse.Namespace(config=path, cfg_options=None, launcher="none", work_dir=None))
+    cfg = load_config(path)
     if "model" not in cfg:
         raise UserError(f"config {path} has no model")
     report = measure(cfg.model, size)

@@ -248,7 +248,7 @@ def main() -> None:
             raise UserError(f"{option} {value}: must be 1 or more")
     if args.out:
         check_writable("--out", args.out)
-    cfg = load_config(argparse.Namespace(config=args.config, cfg_options=None, launcher="none", work_dir=None))
+    cfg = load_config(args.config)
     MMLogger.get_current_instance().setLevel("WARNING")  # mmengine would list every parameter that is multiplied.
     scale = 1.0
     if args.auto_scale_lr:

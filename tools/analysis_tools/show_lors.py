@@ -328,7 +328,7 @@ def main() -> None:
         check_writable("--out", args.out)
     if args.json:
         check_writable("--json", args.json, (".json",))
-    cfg = load_config(argparse.Namespace(config=args.config, cfg_options=None, launcher="none", work_dir=None))
+    cfg = load_config(args.config)
     if "model" not in cfg:
         raise UserError(f"config {args.config} has no model")
     model = build_without_weights(cfg.model)

@@ -1,7 +1,6 @@
 """Turn a checkpoint of the reference AdaMixer or LORS (mmdet 2.x) into one of ours."""
 
 import argparse
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -123,7 +122,7 @@ def check(
     if num_classes not in (None, classes):
         raise UserError(f"checkpoint {src} has {classes} classes, not {num_classes}: give --num-classes {classes}?")
     if config:
-        cfg = load_config(Namespace(config=config, cfg_options=None, launcher="none", work_dir=None))
+        cfg = load_config(config)
         if "decoder" not in cfg.get("model", {}):
             raise UserError(f"config {config} has no model.decoder: it is no AdaMixer")
         model = build_on_meta(cfg.model)
