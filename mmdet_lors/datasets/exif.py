@@ -1,11 +1,27 @@
-"""How a picture is meant to be turned, by its EXIF data."""
+"""In which frame the boxes of a picture are that viewers turn, by its EXIF data.
 
+One rule for training, validation, test, inference, the web page and Python: boxes are in the frame in which the
+pipeline loads the picture. mmcv's reader turns it as viewers do, so that is the frame in which it is *shown*; with
+``LoadImageFromFile(color_type="color_ignore_orientation")`` it is the one in which it is *stored*.
+
+Sizes tell a quarter turn: an annotation that has width and height of the other frame is refused. They do not tell half
+a turn or a mirrored picture: these are refused, too, unless somebody states the frame, by the data set's field
+``exif="shown"`` or by loading the picture as it is stored.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from mmdet_lors.errors import UserError
+
 ORIENTATION = 0x0112
 """EXIF's tag."""
+SHOWN, STORED = "shown", "stored"
+UNTURNED = ("unchanged", "color_ignore_orientation", "grayscale_ignore_orientation")
+"""``color_type`` s of ``LoadImageFromFile`` with which a picture is loaded as it is stored."""
 
 
 def orientation(path: str | Path) -> int:
@@ -14,6 +30,96 @@ def orientation(path: str | Path) -> int:
     OpenCV, and so every tool of this project, turns a picture as it reads it: boxes are in the frame in which it is
     shown. Where the orientation is 5 to 8, width and height of the stored frame are exchanged.
     """
-    with Image.open(path) as image:
-        value = image.getexif().get(ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
+    return _header(path)[0]
+
+
+def check_frame(path: str | Path, width: int, height: int, frame: str | None = None) -> None:
+    """Refuse an annotation that is not, or may not be, in the frame in which the picture is loaded.
+
+    A file that cannot be read as a picture passes: whoever loads it says so.
+
+    Args:
+        path: the picture.
+        width, height: what its annotation says, in pixels.
+        frame: 'shown' or 'stored', where somebody stated it; see :func:`frame_of`.
+
+    Raises:
+        UserError: another frame, or one that cannot be told; names the file and EXIF.
+    """
+    if problem := frame_problem(path, width, height, frame):
+        raise UserError(f"image {path} {problem}")
+
+
+def frame_problem(path: str | Path, width: int, height: int, frame: str | None = None) -> str | None:
+    """What :func:`check_frame` refuses, without the file's name; None where all is well."""
+    turn, shown, stored, is_tiff = _header(path)
+    if turn == 1:
+        return None
+    if frame == STORED and is_tiff:
+        return f"has EXIF orientation {turn}, by which OpenCV turns a TIFF in any case: convert it to another format"
+    loaded, other = (stored, shown) if frame == STORED else (shown, stored)
+    said = (width, height)
+    if said == other != loaded:
+        return (
+            f"is turned by its EXIF orientation {turn}: it is loaded with {_size(loaded)} pixels, but its annotation "
+            f"says {_size(said)}, those of the picture as {SHOWN if frame == STORED else STORED}; annotate the picture "
+            f"as loaded, or {_LOAD_SHOWN if frame == STORED else _LOAD_STORED}"
+        )
+    if said == loaded == other and frame is None:
+        return (
+            f"is turned or mirrored by its EXIF orientation {turn}, and its size does not tell whether boxes are of "
+            f"the picture as shown or as stored: state exif='shown' in the data set's config, or {_LOAD_STORED}"
+        )
+    return None  # a size that is neither: the loader compares sizes for all pictures
+
+
+_LOAD_STORED = "load it as it is stored with LoadImageFromFile(color_type='color_ignore_orientation')"
+_LOAD_SHOWN = "load it as it is shown: leave color_type out of LoadImageFromFile"
+
+
+def frame_of(pipeline: Sequence[Any], exif: str | None = None) -> str | None:
+    """The frame that is stated: 'stored' by a pipeline that does not turn pictures, else what ``exif`` says, or None.
+
+    Args:
+        pipeline: steps or their configs.
+        exif: field of that name of the data set.
+
+    Raises:
+        UserError: ``exif`` is neither, or not what the pipeline does.
+    """
+    if exif not in (None, SHOWN, STORED):
+        raise UserError(f"exif must be 'shown', 'stored' or left out, got {exif!r}")
+    kinds = (s.get("color_type") if isinstance(s, dict) else getattr(s, "color_type", None) for s in pipeline)
+    stored = next((kind for kind in kinds if kind is not None), None) in UNTURNED
+    if exif is not None and (exif == STORED) != stored:
+        raise UserError(
+            f"exif={exif!r} is not how the pipeline loads pictures: {_LOAD_SHOWN if stored else _LOAD_STORED}"
+        )
+    return STORED if stored else exif
+
+
+def _header(path: str | Path) -> tuple[int, tuple[int, int], tuple[int, int], bool]:
+    """Orientation, (width, height) as shown and as stored, and whether it is a TIFF."""
+    try:
+        with Image.open(path) as image:
+            value, size, is_tiff = _tag(image), image.size, image.format == "TIFF"
+    except Exception:  # Pillow raises whatever its parsers meet
+        return 1, (0, 0), (0, 0), False
+    if value not in range(2, 9):
+        return 1, size, size, is_tiff
+    exchanged = size[::-1] if value > 4 else size
+    # Of a TIFF Pillow gives the size as shown.
+    return int(value), *((size, exchanged) if is_tiff else (exchanged, size)), is_tiff
+
+
+def _tag(image: Image.Image) -> Any:
+    # Not getexif(), which falls back on XMP, by which OpenCV does not turn.
+    if image.format == "TIFF":
+        return image.tag_v2.get(ORIENTATION, 1)
+    exif = Image.Exif()
+    exif.load(image.info.get("exif"))
+    return exif.get(ORIENTATION, 1)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
