@@ -1,7 +1,6 @@
 """Evaluate a detector or a classifier: the entry point behind dist_test.sh and slurm_test.sh."""
 
 import argparse
-import json
 from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
@@ -9,11 +8,13 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.errors import UserError
+from mmdet_lors.valid_json import to_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,6 +90,7 @@ def main() -> None:
     """Check the inputs, then hand over to mmengine's runner."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options, args.launcher, args.work_dir)
+    use_evaluated_data_hook(cfg)
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out {args.out}: the name must end in .pkl or .pickle")
     if is_first_process():
@@ -105,8 +107,7 @@ def main() -> None:
     metrics = runner.test()
     if args.metrics and is_first_process():
         Path(args.metrics).parent.mkdir(parents=True, exist_ok=True)
-        # mmseg returns numpy scalars.
-        Path(args.metrics).write_text(json.dumps(metrics, indent=2, default=float) + "\n")
+        Path(args.metrics).write_text(to_json(metrics, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,5 +9,6 @@ default_hooks = dict(
     param_scheduler=dict(type="ParamSchedulerHook"),
     checkpoint=dict(type="ReliableCheckpointHook", interval=10, max_keep_ckpts=3, save_best="accuracy/top1"),
     sampler_seed=dict(type="DistSamplerSeedHook"),
+    evaluated_data=dict(type="EvaluatedDataHook"),
 )
 visualizer = dict(type="Visualizer")

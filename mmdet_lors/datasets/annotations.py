@@ -1,24 +1,31 @@
-"""COCO annotation files: what cannot be right is refused, what COCO itself contains is skipped and counted."""
+"""COCO annotation files: what cannot be right is refused, what COCO itself contains is skipped and counted.
 
+The one table of rules, for the check before a run, the data set and the metric; docs/reliability.md has it in words.
+"""
+
+import gc
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, compress, repeat
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mmdet_lors.errors import UserError
 
+from .tables import NAME, Table, short
+
 COCO_HINT = "get train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org and unpack them there"
 DIGITS_HINT = "make it with: python tools/dataset_converters/digits_to_coco.py"
 OWN_HINT = "check the config's paths, which start from the folder that the command runs in"
 
-NUMBER, FLAG, NAME = {int, float}, {int, float, bool}, {str}
 MAX_BEYOND = 0.5
 """Share of boxes that may reach out of their image: above it they are not [x, y, width, height] in its pixels."""
+MAX_AREA = 1e10
+"""pycocotools leaves larger objects out of every figure."""
+NO_MATCH = ": COCO's evaluation reads 0 as 'no match'; count annotations from 1"
 
 
 def hint(path: Path) -> str:
@@ -37,7 +44,8 @@ def read_annotations(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"annotation file {path} does not exist; {hint(path)}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with without_collector():
+            content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"annotation file {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
@@ -48,110 +56,20 @@ def read_annotations(path: Path) -> dict:
     return content
 
 
-class _Table:
-    """One list of the file, column by column."""
-
-    def __init__(self, path: Path, content: dict, name: str) -> None:
-        self.path, self.name, self.rows = path, name, content.get(name, [])
-        if type(self.rows) is not list:
-            raise UserError(f"annotation file {path}: {name} is a {type(self.rows).__name__}, not a list")
-        if set(map(type, self.rows)) - {dict}:
-            self.refuse([type(row) is not dict for row in self.rows], "is no object with named fields")
-
-    def refuse(self, bad: Iterable[bool], problem: str | Callable[[dict], str]) -> None:
-        """Raise the error if anything is ``bad``: the first one, what is wrong with it, and how many there are."""
-        places = list(compress(range(len(self.rows)), bad))
-        if places:
-            text = problem if isinstance(problem, str) else problem(self.rows[places[0]])
-            more = f" ({len(places)} such entries)" if len(places) > 1 else ""
-            raise UserError(f"annotation file {self.path}: {self.label(places[0])} {text}{more}")
-
-    def label(self, place: int) -> str:
-        """A row as a reader finds it: its place, and its id where it has one."""
-        row = self.rows[place]
-        known = isinstance(row, dict) and type(row.get("id")) in (int, str)
-        return f"{self.name}[{place}]" + (f" (id {row['id']!r})" if known else "")
-
-    def column(self, field: str, types: set[type], meaning: str) -> list:
-        """The values of a field that every row must have.
-
-        Raises:
-            UserError: rows without it, or where it has another type.
-        """
-        try:
-            values = list(map(itemgetter(field), self.rows))
-        except KeyError:
-            self.refuse((field not in row for row in self.rows), f"has no {field}")
-        if set(map(type, values)) - types:
-            self.refuse(
-                (type(value) not in types for value in values),
-                lambda row: f"has {field} {_short(row[field])}, which is not {meaning}",
-            )
-        return values
-
-    def ids(self, field: str, unique: bool) -> list:
-        """A column of ids: whole numbers, or strings, but not both."""
-        values = self.column(field, {int, str}, "a whole number")
-        if len(set(map(type, values))) > 1:
-            self.refuse((type(v) is str for v in values), lambda row: f"has {field} {row[field]!r}, others are numbers")
-        if unique and len(set(values)) < len(values):
-            counts = Counter(values)
-            self.refuse((counts[value] > 1 for value in values), f"shares its {field} with another one")
-        return values
-
-    def boxes(self) -> np.ndarray:
-        """``bbox`` of every row, (N, 4) [x, y, width, height] in pixels."""
-        values = self.column("bbox", {list}, "a list of 4 numbers")
-        if set(map(len, values)) - {4} or set(map(type, chain.from_iterable(values))) - NUMBER:
-            self.refuse(
-                (len(box) != 4 or bool(set(map(type, box)) - NUMBER) for box in values),
-                lambda row: f"has bbox {_short(row['bbox'])}, which is not a list of 4 numbers",
-            )
-        boxes = _floats(chain.from_iterable(values), 4 * len(values)).reshape(-1, 4)
-        self._refuse_not_finite("bbox", boxes.sum(axis=1))
-        return boxes
-
-    def numbers(self, field: str) -> np.ndarray:
-        """A column of finite numbers, (N,)."""
-        numbers = _floats(self.column(field, NUMBER, "a number"), len(self.rows))
-        self._refuse_not_finite(field, numbers)
-        return numbers
-
-    def flags(self, field: str, required: bool) -> np.ndarray:
-        """A column of 0 and 1, (N,) bool; rows without it have 0, unless it is ``required``."""
-        if required:
-            values = self.column(field, FLAG, "0 or 1")
-        else:
-            values = [row.get(field) or 0 for row in self.rows]
-            if set(map(type, values)) - FLAG:
-                self.refuse(
-                    (type(value) not in FLAG for value in values),
-                    lambda row: f"has {field} {_short(row[field])}, which is not 0 or 1",
-                )
-        return np.fromiter(map(bool, values), bool, len(values))
-
-    def _refuse_not_finite(self, field: str, values: np.ndarray) -> None:
-        # Boxes become float32: what overflows there is as bad as an infinity.
-        bad = ~(np.abs(values) < np.finfo(np.float32).max)
-        if bad.any():
-            self.refuse(bad, lambda row: f"has {field} {_short(row[field])}, which is not finite")
-
-
-def _floats(values: Iterable, count: int) -> np.ndarray:
-    values = list(values)
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Millions of new objects, none of them garbage: Python's collector would look at all of them, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return np.fromiter(values, np.float64, count)
-    except OverflowError:  # JSON's integers have no bound
-        return np.array([float(v) if abs(v) < 1e300 else np.inf for v in values], np.float64)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_annotations(
-    content: dict, path: Path, classes: Sequence[str] | None = None, evaluated: bool = False
+    content: dict, path: Path, classes: Sequence[str] | None = None, evaluated: bool = False, masks: bool = False
 ) -> list[str]:
     """Refuse a data set that cannot be right; docs/reliability.md has the table of what is refused and what skipped.
 
@@ -161,6 +79,7 @@ def check_annotations(
         classes: the config's classes; None: all categories.
         evaluated: whether it is for validation or test, where COCO's evaluation reads more fields and images without
             annotations are what a test server gives out; otherwise for training.
+        masks: whether masks are evaluated, too.
 
     Returns:
         What is skipped or looks odd, one line a kind, with the number and the first one.
@@ -169,20 +88,20 @@ def check_annotations(
         UserError: the first kind of what is refused, with the first one and the number.
     """
     category_ids = check_categories(content, path, classes)
-    images, categories = (_Table(path, content, name) for name in ("images", "categories"))
+    images, categories = (Table(path, content, name) for name in ("images", "categories"))
     width, height, image_ids = _check_images(images)
     if evaluated and "annotations" not in content:
         return []
-    annotations = _Table(path, content, "annotations")
+    annotations = Table(path, content, "annotations")
     if not annotations.rows:
         if not evaluated:
             raise UserError(f"annotation file {path} has no annotations to learn from")
         return [f"{path} has no annotations: nothing can be evaluated"]
-    annotations.ids("id", unique=True)
-    labels = annotations.ids("category_id", unique=False)
-    of_image = annotations.ids("image_id", unique=False)
+    annotations.ids("id", unique=True, **(dict(lowest=1, why=NO_MATCH) if evaluated else {}))
+    labels = annotations.ids("category_id")
+    of_image = annotations.ids("image_id")
     boxes, areas = annotations.boxes(), annotations.numbers("area")
-    crowd = annotations.flags("iscrowd", required=evaluated)
+    crowd, ignored = annotations.flags("iscrowd", required=evaluated), annotations.flags("ignore")
     known_labels = set(category_ids)
     if not known_labels.issuperset(labels):
         annotations.refuse(
@@ -192,7 +111,12 @@ def check_annotations(
     if (boxes[:, 2:] < 0).any():
         annotations.refuse(
             (boxes[:, 2:] < 0).any(axis=1),
-            lambda row: f"has bbox {_short(row['bbox'])} of negative size; it must be [x, y, width, height]",
+            lambda row: f"has bbox {short(row['bbox'])} of negative size; it must be [x, y, width, height]",
+        )
+    if evaluated and ((areas < 0) | (areas > MAX_AREA)).any():
+        annotations.refuse(
+            (areas < 0) | (areas > MAX_AREA),
+            lambda row: f"has area {short(row['area'])}: COCO's evaluation counts objects of 0 to {MAX_AREA:g} pixels",
         )
 
     # The same rules as mmdet's CocoDataset.parse_data_info, which skips them silently.
@@ -208,29 +132,35 @@ def check_annotations(
         annotations.refuse(
             outside | beyond,
             lambda row: (
-                f"has bbox {_short(row['bbox'])}, which reaches out of its image, as do more than "
+                f"has bbox {short(row['bbox'])}, which reaches out of its image, as do more than "
                 f"{MAX_BEYOND:.0%} of all; it must be [x, y, width, height] in pixels"
             ),
         )
+    if masks:
+        sizes = limit.tolist()
+        annotations.masks(None if gone else size for gone, size in zip(nowhere, sizes, strict=True))
     asked = {row["id"] for row in categories.rows if classes is None or row["name"] in classes}
     wanted = np.fromiter(map(asked.__contains__, labels), bool, len(boxes))
-    usable = wanted & ~nowhere & ~small & ~outside
+    usable = wanted & ~ignored & ~nowhere & ~small & ~outside
     if not evaluated and not (usable & ~crowd).any():
         raise UserError(
             f"annotation file {path} has no box to learn from: of {len(boxes)} annotations {nowhere.sum()} are of "
             f"images that it does not have, {small.sum()} below 1 pixel, {outside.sum()} outside their image, "
-            f"{(~wanted).sum()} of other classes and {crowd.sum()} crowds"
+            f"{(~wanted).sum()} of other classes, {ignored.sum()} to be ignored and {crowd.sum()} crowds"
         )
     crowds_only = np.setdiff1d(rows[usable & crowd], rows[usable & ~crowd]) if crowd.any() else np.zeros(0, int)
+    # COCO's evaluation counts every object of an image that the file has.
+    skipped = "not loaded, but counted by COCO's evaluation" if evaluated else "skipped"
     found = {
         "annotations of images that the file does not have: skipped": nowhere,
-        "boxes less than 1 pixel wide or high, or of no area: skipped": small,
-        "boxes outside their image: skipped": outside,
+        f"boxes less than 1 pixel wide or high, or of no area: {skipped}": small,
+        f"boxes outside their image: {skipped}": outside,
+        f"boxes that say ignore: {skipped}": ignored,
         "boxes that reach out of their image: clipped": beyond,
     }
     lines = [
         f"{path}: {bad.sum()} of {len(boxes)} annotations are {kind}; first {annotations.label(int(bad.argmax()))} "
-        f"bbox {_short(annotations.rows[bad.argmax()]['bbox'])}"
+        f"bbox {short(annotations.rows[bad.argmax()]['bbox'])}"
         for kind, bad in found.items()
         if bad.any()
     ]
@@ -242,7 +172,7 @@ def check_annotations(
     return lines
 
 
-def _check_images(images: _Table) -> tuple[np.ndarray, np.ndarray, list]:
+def _check_images(images: Table) -> tuple[np.ndarray, np.ndarray, list]:
     """Widths and heights in pixels, (M,), and ids."""
     if not images.rows:
         raise UserError(f"annotation file {images.path} has no images")
@@ -255,13 +185,13 @@ def _check_images(images: _Table) -> tuple[np.ndarray, np.ndarray, list]:
     return *sizes, ids
 
 
-def check_categories(content: dict, path: Path, classes: Sequence[str] | None) -> list:
+def check_categories(content: dict, path: Path, classes: Sequence[str] | None) -> list[int]:
     """Category ids; see :func:`check_annotations`.
 
     Raises:
         UserError: categories without id or name, two of one name, or names that are not the config's, in its order.
     """
-    categories = _Table(path, content, "categories")
+    categories = Table(path, content, "categories")
     if not categories.rows:
         raise UserError(f"annotation file {categories.path} has no categories")
     ids = categories.ids("id", unique=True)
@@ -284,3 +214,27 @@ def check_categories(content: dict, path: Path, classes: Sequence[str] | None) -
                 "both must have the same order"
             )
     return ids
+
+
+def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
+    """The classes that a config has: names, or a text file of one name a line.
+
+    Raises:
+        UserError: another string, which mmdet would read letter by letter; no names; two that are equal.
+    """
+    given = classes
+    if isinstance(classes, str):
+        if not Path(classes).is_file():
+            raise UserError(
+                f"classes {classes!r} is one string and no file of class names; of one class write ({classes!r},), "
+                "with a comma"
+            )
+        classes = Path(classes).read_text(encoding="utf-8", errors="replace").splitlines()
+    names = tuple(classes) if isinstance(classes, Iterable) else ()
+    bad = [name for name in names if not isinstance(name, str)]
+    if bad or not names:
+        raise UserError(f"classes must be the names of one class or more, got {short(bad[0] if bad else given)}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"classes has {twice[0]!r} {names.count(twice[0])} times among its {len(names)}: once is right")
+    return names

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmdet.datasets import CocoDataset
-from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 from PIL import Image
 
 from mmdet_lors.errors import UserError
 
-from .annotations import check_annotations, read_annotations
+from .annotations import class_names
+from .exif import frame_of, frame_problem
+from .files import annotation_file
 from .unusable import MAX_UNUSABLE_SHARE, UnusableImages, check_share, reason_of
 
 
@@ -24,31 +25,41 @@ class CheckedCocoDataset(CocoDataset):
 
     The annotation file is checked as it is loaded (:func:`~mmdet_lors.datasets.annotations.check_annotations`). In
     training an image is replaced by another, random one when it cannot be read, has not the size that its annotation
-    says, when a step of the pipeline fails on it, or leaves boxes that are not finite. It is logged once. In
-    validation and test such an image is an error: without it the metrics would be those of another data set.
+    says, when its boxes may be in another frame than its pixels (:mod:`~mmdet_lors.datasets.exif`), when a step of the
+    pipeline fails on it, or leaves boxes that are not finite. It is logged once. In validation and test such an image
+    is an error: without it the metrics would be those of another data set. ``test_mode`` says which it is, and in a run
+    :class:`~mmdet_lors.datasets.evaluation.EvaluatedDataHook`, by the loop that the data set stands in.
 
     Args:
         max_unusable_share: share of all images, 0 to 1, of which each process may meet as many unusable ones.
+        exif: 'shown' or 'stored', where pictures have an EXIF orientation: the frame that boxes are in, which must be
+            the one that the pipeline loads.
         **fields: mmdet's ``CocoDataset``'s.
 
     Raises:
         UserError: the file, image or share that is too large, in one line.
     """
 
-    def __init__(self, *args, max_unusable_share: float = MAX_UNUSABLE_SHARE, **fields) -> None:
+    def __init__(
+        self, *args, max_unusable_share: float = MAX_UNUSABLE_SHARE, exif: str | None = None, **fields
+    ) -> None:
         check_share(max_unusable_share)
         self.max_unusable_share = max_unusable_share
+        self.frame = frame_of(fields.get("pipeline", ()), exif)
         super().__init__(*args, **fields)
+
+    @classmethod
+    def _load_metainfo(cls, metainfo: dict | None = None) -> dict:
+        if metainfo and "classes" in metainfo:
+            metainfo = dict(metainfo, classes=class_names(metainfo["classes"]))
+        return super()._load_metainfo(metainfo)
 
     def COCOAPI(self, path: str):  # noqa: N802
         """mmdet's COCO index of this file, which it reads and indexes only after the check."""
-        content = read_annotations(Path(path))
-        for line in check_annotations(content, Path(path), self.metainfo["classes"], self.test_mode):
+        file = annotation_file(path)
+        for line in file.check(self.metainfo["classes"], self.test_mode):
             print_log(line, logger="current", level=logging.WARNING)
-        coco = _Index()
-        coco.dataset = content
-        coco.createIndex()
-        return coco
+        return file.index
 
     def full_init(self) -> None:
         """Load, check and filter the annotations."""
@@ -102,6 +113,7 @@ class CheckedCocoDataset(CocoDataset):
                     return None
                 if not loaded and "img" in data:
                     loaded = True
+                    self._check_frame(data)
                     _check_size(data)
                 _check_boxes(data, type(step).__name__)
             return data
@@ -113,14 +125,10 @@ class CheckedCocoDataset(CocoDataset):
             self.unusable.add(index, path, error, trace=loaded and error.__cause__ is not None)
             return None
 
-
-class _Index(COCO):
-    """mmdet's COCO index, whose names of its own follow whenever the index is made."""
-
-    def createIndex(self) -> None:  # noqa: N802
-        """Index annotations by image and by category."""
-        super().createIndex()
-        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
+    def _check_frame(self, data: dict) -> None:
+        """Boxes are in the frame of the pixels that were loaded."""
+        if problem := frame_problem(data["img_path"], data["width"], data["height"], self.frame):
+            raise UserError(f"it {problem}")
 
 
 def _check_whole(path: Path) -> None:

@@ -2,17 +2,23 @@
 
 import logging
 import os
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmdet.datasets import CocoDataset
-from mmdet.registry import DATASETS
+from mmdet.evaluation import CocoMetric
+from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.registry import Registry
 
-from mmdet_lors.datasets import CheckedCocoDataset
-from mmdet_lors.datasets.annotations import check_annotations, check_categories, hint, read_annotations
+from mmdet_lors.datasets import CheckedCocoDataset, CheckedCocoMetric
+from mmdet_lors.datasets.annotations import check_categories, class_names, hint
+from mmdet_lors.datasets.evaluation import check_classwise, check_same_files
+from mmdet_lors.datasets.exif import frame_of
+from mmdet_lors.datasets.files import annotation_file, keep
 from mmdet_lors.datasets.unusable import MAX_UNUSABLE_SHARE
 from mmdet_lors.errors import UserError
 
@@ -42,12 +48,13 @@ def _num_classes(node: dict, path: str) -> Iterator[tuple[str, int]]:
                     yield from _num_classes(item, f"{path}.{key}[{i}]")
 
 
-def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
+def check_dataset(dataset: dict, where: str, evaluated: bool | None = None) -> tuple[str, ...] | None:
     """Check one data set: one of COCO's format, or one whose class has a ``check(**fields)`` of its own.
 
     Args:
         dataset: its config.
         where: its place in the config, for messages.
+        evaluated: whether that place is validation or test; None: what its ``test_mode`` says.
 
     Returns:
         Its classes, or None for a data set of another format, which is not checked.
@@ -55,28 +62,28 @@ def check_dataset(dataset: dict, where: str) -> tuple[str, ...] | None:
     Raises:
         UserError: what is missing or does not fit, and how to mend it.
     """
-    dataset_class = _dataset_class(dataset, where)
+    dataset_class = _registered(dataset, DATASETS)
+    if dataset_class is None:
+        raise UserError(f"{where}: {dataset['type']} is not in the {DATASETS.scope}::dataset registry")
+    evaluated = bool(dataset.get("test_mode")) if evaluated is None else evaluated
     if hasattr(dataset_class, "check"):
         try:
             return dataset_class.check(**{key: value for key, value in dataset.items() if key != "type"})
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     if "CocoDataset" in [c.__name__ for c in dataset_class.__mro__]:
-        return _check_coco(dataset, dataset_class, where)
+        return _check_coco(dataset, dataset_class, where, evaluated)
     if "BaseSegDataset" in [c.__name__ for c in dataset_class.__mro__]:
         return _check_segmentation(dataset, dataset_class, where)
     return None
 
 
-def _dataset_class(dataset: dict, where: str) -> type:
-    """The class of a data set, looked for where the run will: in its own scope, or in the config's default one."""
-    if not isinstance(dataset["type"], str):
-        return dataset["type"]
-    with DATASETS.switch_scope_and_registry(dataset.get("_scope_")) as registry:
-        found = registry.get(dataset["type"])
-    if found is None:
-        raise UserError(f"{where}: {dataset['type']} is not in the {registry.scope}::dataset registry")
-    return found
+def _registered(part: dict, registry: Registry) -> type | None:
+    """The class of a part, looked for where the run will: in its own scope, or in the config's default one."""
+    if not isinstance(part["type"], str):
+        return part["type"]
+    with registry.switch_scope_and_registry(part.get("_scope_")) as scoped:
+        return scoped.get(part["type"])
 
 
 def _check_segmentation(dataset: dict, dataset_class: type, where: str) -> tuple[str, ...] | None:
@@ -90,7 +97,7 @@ def _check_segmentation(dataset: dict, dataset_class: type, where: str) -> tuple
     return dataset.get("metainfo", {}).get("classes") or dataset_class.METAINFO.get("classes")
 
 
-def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str) -> tuple[str, ...]:
+def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str, evaluated: bool) -> tuple[str, ...]:
     """The classes of a COCO-format data set whose annotation file is in order and whose images are there."""
     root = Path(dataset.get("data_root") or "")
     if not isinstance(dataset.get("ann_file"), str):
@@ -99,16 +106,17 @@ def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str) -> 
     images = root / dataset.get("data_prefix", {}).get("img", "")
     if not root.is_dir():
         raise UserError(f"{where}: data folder {root} does not exist; {hint(annotations)}")
-    content = read_annotations(annotations)
-    classes = dataset.get("metainfo", {}).get("classes") or dataset_class.METAINFO["classes"]
-    classes = (classes,) if isinstance(classes, str) else tuple(classes)
     # Others of mmdet's data sets, as LVIS and the panoptic one, have fields of their own.
     plain = dataset_class.parse_data_info is CocoDataset.parse_data_info
     try:
+        file = annotation_file(annotations)
+        classes = class_names((dataset.get("metainfo") or {}).get("classes") or dataset_class.METAINFO["classes"])
         if not plain:
-            check_categories(content, annotations, classes)
+            check_categories(file.content, annotations, classes)
             return classes
-        lines = check_annotations(content, annotations, classes, evaluated=bool(dataset.get("test_mode")))
+        lines = file.check(classes, evaluated)
+        if issubclass(dataset_class, CheckedCocoDataset):
+            frame_of(dataset.get("pipeline", ()), dataset.get("exif"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not issubclass(dataset_class, CheckedCocoDataset):  # which says it in the run's own log
@@ -116,15 +124,16 @@ def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str) -> 
             print_log(f"{where}: {line}", logger="current", level=logging.WARNING)
     if not images.is_dir():
         raise UserError(f"{where}: image folder {images} does not exist; {hint(images)}")
-    _check_files(content["images"], images, annotations, dataset, where)
+    share = 0.0 if evaluated else dataset.get("max_unusable_share", MAX_UNUSABLE_SHARE)
+    _check_files(file.content["images"], images, annotations, share, where)
     return classes
 
 
-def _check_files(rows: list[dict], folder: Path, annotations: Path, dataset: dict, where: str) -> None:
+def _check_files(rows: list[dict], folder: Path, annotations: Path, share: float, where: str) -> None:
     """Refuse images that do not exist: the first one, or in training more than may be unusable."""
     first = folder / rows[0]["file_name"]
     if not first.is_file():
-        raise UserError(f"{where}: image {first}, the first of {annotations}, does not exist; {hint(folder)}")
+        raise UserError(f"{where}: image {first}, the first of {annotations}, does not exist{_why(first)}")
     # One listing per folder: asking for every file takes minutes on a network's file system.
     names = defaultdict(set)
     for row in rows:
@@ -134,11 +143,10 @@ def _check_files(rows: list[dict], folder: Path, annotations: Path, dataset: dic
     for parent, wanted in names.items():
         there = set(os.listdir(folder / parent)) if (folder / parent).is_dir() else set()
         missing += sorted(folder / parent / name for name in wanted - there)
-    share = 0.0 if dataset.get("test_mode") else dataset.get("max_unusable_share", MAX_UNUSABLE_SHARE)
     if len(missing) > share * len(rows):
         raise UserError(
-            f"{where}: {len(missing)} of {len(rows)} images of {annotations} do not exist, as {missing[0]}; "
-            f"{hint(folder)}"
+            f"{where}: {len(missing)} of {len(rows)} images of {annotations} do not exist, as {missing[0]}"
+            f"{_why(missing[0])}"
         )
     if missing:
         print_log(f"{where}: {len(missing)} images do not exist, as {missing[0]}", "current", logging.WARNING)
@@ -172,16 +180,15 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
         for where, checkpoint in _checkpoints(cfg.model, "model"):
             if "://" not in checkpoint and not Path(checkpoint).is_file():
                 raise UserError(f"{where}: file {checkpoint} does not exist")
+    keep()
     known: tuple[str, tuple[str, ...]] | None = None
-    checked: set[Path] = set()
     for split in splits:
         loader = cfg.get(f"{split}_dataloader")
         if loader is None:
             continue
-        for dataset in _leaf_datasets(loader["dataset"]):
-            classes = check_dataset(dataset, f"{split}_dataloader")
-            if dataset.get("test_mode") and dataset.get("ann_file"):
-                checked.add(Path(dataset.get("data_root") or "") / dataset["ann_file"])
+        datasets = list(_leaf_datasets(loader["dataset"]))
+        for dataset in datasets:
+            classes = check_dataset(dataset, f"{split}_dataloader", split != "train")
             if not classes:
                 continue
             known = known or (split, classes)
@@ -197,14 +204,72 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
                         f"{where} is {num_classes}, but {split}_dataloader's data set has {len(classes)} classes"
                     )
         for evaluator in _evaluators(cfg.get(f"{split}_evaluator")):
-            path = evaluator.get("ann_file")
-            if path and Path(path) not in checked:
-                content = read_annotations(Path(path))
-                if evaluator["type"] == "CocoMetric":
-                    check_annotations(content, Path(path), evaluated=True)
+            _check_evaluator(evaluator, datasets, f"{split}_evaluator", f"{split}_dataloader")
+
+
+def _check_evaluator(evaluator: dict, datasets: list[dict], where: str, loader: str) -> None:
+    """Refuse an evaluator that would judge by other annotations than the data sets'; the run's hook looks closer."""
+    kind, path = _registered(evaluator, METRICS), evaluator.get("ann_file")
+    is_coco = isinstance(kind, type) and issubclass(kind, CocoMetric)
+    if not path:
+        keys = [dataset["pipeline"][-1].get("meta_keys", ()) for dataset in datasets if dataset.get("pipeline")]
+        if kind in (CocoMetric, CheckedCocoMetric) and not all("instances" in part for part in keys):
+            raise UserError(
+                f"{where} has no ann_file and would judge by what {loader} yields, which has no ground truth: give it "
+                "the data set's ann_file, or add 'instances' to the meta_keys of PackDetInputs"
+            )
+        return
+    file = annotation_file(path)
+    if not is_coco:
+        return
+    metrics = evaluator.get("metric", "bbox")
+    masks = "segm" in ([metrics] if isinstance(metrics, str) else metrics)
+    try:
+        file.check(None, evaluated=True, masks=masks)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    check_classwise(kind, evaluator.get("classwise", False), file.content["categories"], where)
+    files = [str(Path(data.get("data_root") or "") / data["ann_file"]) for data in datasets if data.get("ann_file")]
+    if len(files) == len(datasets):
+        pair = f"{where} judges by {path}, but {loader} loads {', '.join(files)}"
+        check_same_files(file.content, path, files, pair, masks)
 
 
 def _evaluators(evaluator: dict | list | None) -> list[dict]:
+    """The metrics of an evaluator's config."""
     if evaluator is None:
         return []
+    if isinstance(evaluator, dict):
+        evaluator = evaluator.get("metrics", [evaluator])
     return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]
+
+
+def _why(path: Path) -> str:
+    """Why a file may seem not to exist, or how to get it."""
+    if "\\" in str(path) and Path(str(path).replace("\\", "/")).is_file():
+        return ", but does with / in place of \\: write file_name with / in the annotation file"
+    for key, difference in ((_composed, "how Unicode composes letters (NFC, NFD)"), (_folded, "upper and lower case")):
+        if there := _alike(path, key):
+            return f", but {there} does, whose name differs in {difference}: rename it, or file_name in that file"
+    return f"; {hint(path)}"
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return _composed(name).casefold()
+
+
+def _alike(path: Path, key: Callable[[str], str]) -> Path | None:
+    """A file whose path is equal to this one by ``key``."""
+    here = Path(path.anchor)
+    for part in path.parts[1 if path.anchor else 0 :]:
+        if not (here / part).exists():
+            names = os.listdir(here) if here.is_dir() else []
+            part = next((name for name in names if key(name) == key(part)), None)
+            if part is None:
+                return None
+        here /= part
+    return here

@@ -45,7 +45,7 @@ def content(images: int = 8, kind: str = ".png") -> dict:
         images=[dict(id=i + 1, file_name=f"{i}{kind}", width=WIDTH, height=HEIGHT) for i in range(images)],
         categories=[dict(id=c + 1, name=str(c)) for c in range(10)],
         annotations=[
-            dict(id=i, image_id=i + 1, category_id=1 + i % 10, bbox=[5, 6, 20, 15], area=300, iscrowd=0)
+            dict(id=i + 1, image_id=i + 1, category_id=1 + i % 10, bbox=[5, 6, 20, 15], area=300, iscrowd=0)
             for i in range(images)
         ],
     )

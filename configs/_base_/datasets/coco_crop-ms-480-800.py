@@ -28,4 +28,6 @@ train_pipeline = [
 train_dataloader = dict(dataset=dict(type="CheckedCocoDataset", pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
 test_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
+val_evaluator = dict(type="CheckedCocoMetric")
+test_evaluator = dict(type="CheckedCocoMetric")
 del _scales, _resize
