@@ -88,8 +88,8 @@ def run_images(
                 raise UserError(f"picture {pictures[image]} cannot be written")
         if ids:
             results += ids.results(image, sample)
-    for name in inferencer.unreadable:
-        print(f"skipped {name}: it cannot be read as an image")
+    for name, reason in inferencer.unreadable.items():
+        print(f"skipped {name}: {reason}")
     if not found:
         raise UserError(f"none of the {len(images)} inputs can be read as an image")
     written = [] if args.no_pictures else [f"pictures in {args.out}"]
@@ -146,7 +146,7 @@ def main() -> None:
     inferencer = Inferencer(cfg, args.checkpoint, args.device, skip_unreadable=len(images) > 1)
     ids = None
     if args.coco and args.ann_file:
-        ids = CocoIds.from_annotations(args.ann_file, images, inferencer.classes)
+        ids = CocoIds.from_annotations(args.ann_file, images, inferencer.classes, inferencer.frame)
     elif args.coco:
         ids = CocoIds.counted(images, inferencer.classes)
         print("image and category ids are counted from 1; --ann-file takes a data set's")

@@ -54,13 +54,19 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
     """
     if "visualization" not in cfg.default_hooks:
         raise UserError("--show and --show-dir draw boxes: this config has no default_hooks.visualization")
+    folder = args.show_dir
     if cfg.default_hooks.visualization.type == "SegVisualizationHook":
-        hook = dict(draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
-        cfg.default_hooks.visualization.update(hook)
-        cfg.visualizer.save_dir = str(Path(cfg.work_dir, args.show_dir or ""))
-        return
-    hook = dict(type="PicturesHook", draw=True, interval=args.show_interval, show=args.show, wait_time=args.wait_time)
-    cfg.default_hooks.visualization = dict(hook, test_out_dir=args.show_dir)
+        folder = folder and str(Path(cfg.work_dir, folder).absolute())
+    else:
+        cfg.visualizer = dict(cfg.visualizer, type="DetectionVisualizer")
+    cfg.default_hooks.visualization = dict(
+        type="mmdet.PicturesHook",
+        draw=True,
+        interval=args.show_interval,
+        show=args.show,
+        wait_time=args.wait_time,
+        test_out_dir=folder,
+    )
 
 
 def augment(cfg: Config) -> None:

@@ -4,5 +4,7 @@ custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)
 default_hooks = dict(
     checkpoint=dict(type="ReliableCheckpointHook", max_keep_ckpts=3, save_best="coco/bbox_mAP"),
     evaluated_data=dict(type="EvaluatedDataHook"),
+    visualization=dict(type="PicturesHook"),
 )
+visualizer = dict(type="DetectionVisualizer")
 custom_hooks = [dict(type="ServeFoldedHook"), dict(type="StopOnNonFiniteHook")]

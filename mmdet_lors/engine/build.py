@@ -1,12 +1,33 @@
 """Building a model without its weights: to check a config, or to count."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from functools import wraps
+from threading import RLock
+from typing import ParamSpec, TypeVar
 
 from mmdet.registry import MODELS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mmdet_lors.errors import UserError
+
+_P, _T = ParamSpec("_P"), TypeVar("_T")
+_building = RLock()
+
+
+def one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Lets threads take turns in all functions that have this: they read configs or build what these name.
+
+    mmengine keeps the default scope, ``sys.path`` and the modules of a config that it reads per process.
+    """
+
+    @wraps(function)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _building:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 class _SkipInitialisation(TorchFunctionMode):
@@ -19,6 +40,7 @@ class _SkipInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@one_at_a_time
 def build_without_weights(model_cfg: dict) -> nn.Module:
     """The model of this config on the meta device: names and shapes alone.
 

@@ -16,6 +16,7 @@ from mmengine.registry import init_default_scope
 
 from mmdet_lors.errors import UserError
 
+from .build import one_at_a_time
 from .network import let_gloo_find_its_interface
 from .restarts import restarted_store
 
@@ -42,6 +43,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
+@one_at_a_time
 def load_config(
     path: str | Path, options: dict | None = None, launcher: str = "none", work_dir: str | None = None
 ) -> Config:

@@ -1,11 +1,13 @@
-"""mmdet's DetInferencer with our safe reader of checkpoints, LORS served folded, and small images drawn enlarged."""
+"""mmdet's DetInferencer with our safe reader of checkpoints, LORS served folded, images in any form, and threads."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import mmcv
+import mmengine
 import numpy as np
 import torch
 from mmdet.apis import DetInferencer
@@ -14,29 +16,21 @@ from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import Compose, pseudo_collate
 from torch import nn
 
-from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.hooks import enlarged
+from mmdet_lors.datasets.exif import STORED
+from mmdet_lors.datasets.unusable import reason_of
+from mmdet_lors.engine.build import build_without_weights, one_at_a_time
+from mmdet_lors.engine.drawing import DRAWING, DetectionVisualizer
 from mmdet_lors.engine.launch import load_config
+from mmdet_lors.engine.output_names import OutputNames, as_picture, below, common_folder
 from mmdet_lors.engine.trained import read_weights
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.serving import serve
 
-Source = str | np.ndarray
-"""An image: its path, or (H, W, 3), BGR, uint8, as OpenCV reads it."""
-
-
-class _Visualizer(DetLocalVisualizer):
-    """mmdet's visualizer; small images are drawn enlarged, as labels would cover them."""
-
-    def add_datasample(
-        self, name: str, image: np.ndarray, data_sample: DetDataSample | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        if data_sample is not None:
-            image, data_sample = enlarged(image, data_sample.cpu())
-        super().add_datasample(name, image, data_sample, *args, **kwargs)
+from .pictures import Reader, Source, each, name_of, path_of
+from .sources import images_in
 
 
 class Inferencer(DetInferencer):
@@ -45,19 +39,31 @@ class Inferencer(DetInferencer):
     The call, its arguments and its result are those of mmdet's ``DetInferencer``; :meth:`stream` is the same without
     keeping anything. LORS is folded: as fast as the plain detector, equal boxes.
 
+    An image is a path, the bytes of an image file, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) in BGR or
+    (H, W, 4) in BGRA, of uint8; docs/inference.md says by which rules other values are taken or refused. Inputs are one
+    image, a folder, or a list, tuple or generator of images and folders. Boxes are in the pixels of the image as it is
+    shown: turned by its EXIF data, where files and PIL images have such.
+
+    Threads may share an Inferencer, and make several: they take turns where they must, and get what they would get one
+    after another.
+
     Args:
         config: a config file, or a config that was read already.
         checkpoint: its weights. Class names come from it, or else from the config's test data set.
         device: such as 'cpu' or 'cuda:0'; None takes a GPU if there is one.
         palette: colours of the classes, as in ``DetInferencer``.
         show_progress: whether a call shows a progress bar.
-        skip_unreadable: leave out files that are no images, and list them in ``unreadable``, instead of raising.
+        skip_unreadable: leave out files that cannot be read as images instead of raising. ``unreadable`` has all that
+            were, with the reason, and a call's result those of the call.
 
     Raises:
         UserError: a config without a detector, a checkpoint that cannot be read or is of another architecture, a
-            device that is not there; when called, a file that cannot be read as an image.
+            device that is not there; when called, an input that cannot be read as an image.
     """
 
+    preprocess_kwargs = {"unreadable"}
+
+    @one_at_a_time
     def __init__(
         self,
         config: str | Path | Config,
@@ -68,7 +74,11 @@ class Inferencer(DetInferencer):
         skip_unreadable: bool = False,
     ) -> None:
         self.skip_unreadable = skip_unreadable
-        self.unreadable: list[str] = []
+        self.unreadable: dict[str, str] = {}
+        self._lock = RLock()
+        self._names = OutputNames()
+        self._named: dict[tuple[str, str, str], Path] = {}
+        self._common: str | None = None
         if not isinstance(config, Config):
             config = load_config(config)
         _check_config(config)
@@ -76,7 +86,7 @@ class Inferencer(DetInferencer):
             model=config,
             weights=str(checkpoint),
             device=_usable(device),
-            scope=config.get("default_scope", "mmdet"),
+            scope=config.get("default_scope") or "mmdet",
             palette=palette,
             show_progress=show_progress,
         )
@@ -86,7 +96,29 @@ class Inferencer(DetInferencer):
         """The class names, by label."""
         return tuple(self.model.dataset_meta["classes"])
 
-    def stream(self, inputs: Iterable[Source], batch_size: int = 1) -> Iterator[tuple[Source, DetDataSample]]:
+    @property
+    def frame(self) -> str | None:
+        """'stored' for a config that loads pictures unturned; None: boxes are in the frame in which one is shown."""
+        return None if self.reader.turns else STORED
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _lock=RLock())
+
+    def __call__(self, inputs: Source | Iterable[Source], *args: Any, **kwargs: Any) -> dict:
+        """As in mmdet: ``predictions`` and ``visualization``, in the order of the inputs.
+
+        With ``skip_unreadable`` also ``unreadable``, what was left out: name -> reason. With ``out_dir``, files are
+        named by the images' paths below the folder that a call's images have in common.
+        """
+        unreadable: dict[str, str] = {}
+        with self._lock:
+            result = super().__call__(inputs, *args, unreadable=unreadable, **kwargs)
+        return result | {"unreadable": unreadable} if self.skip_unreadable else result
+
+    def stream(self, inputs: Source | Iterable[Source], batch_size: int = 1) -> Iterator[tuple[Source, DetDataSample]]:
         """Each input with its predictions, on the CPU, as soon as its batch is done.
 
         ``pred_instances`` has ``bboxes`` (k, 4) as x1, y1, x2, y2 in pixels of the image, ``scores`` (k,) and
@@ -101,9 +133,10 @@ class Inferencer(DetInferencer):
 
     def draw(self, source: Source, sample: DetDataSample, score_thr: float = 0.3) -> np.ndarray:
         """The image (H, W, 3), RGB, with the boxes whose score is above ``score_thr``; a small image comes enlarged."""
-        image = source[..., ::-1] if isinstance(source, np.ndarray) else mmcv.imread(source, channel_order="rgb")
-        self.visualizer.add_datasample("image", image, sample, draw_gt=False, pred_score_thr=score_thr)
-        return self.visualizer.get_image()
+        image = self.reader.colours(source)[..., ::-1]
+        with DRAWING:
+            self.visualizer.add_datasample("image", image, sample, draw_gt=False, pred_score_thr=score_thr)
+            return self.visualizer.get_image()
 
     def forward(self, inputs: Any, **kwargs: Any) -> list[DetDataSample]:
         """One batch through the detector.
@@ -111,7 +144,8 @@ class Inferencer(DetInferencer):
         Raises:
             UserError: a predicted class that has no name.
         """
-        samples = super().forward(inputs, **kwargs)
+        with self._lock:
+            samples = super().forward(inputs, **kwargs)
         for sample in samples:
             if (sample.pred_instances.labels >= len(self.classes)).any():
                 raise UserError(
@@ -120,30 +154,120 @@ class Inferencer(DetInferencer):
                 )
         return samples
 
-    def visualize(self, inputs: Sequence[Source], *args: Any, **kwargs: Any) -> list[np.ndarray] | None:
-        """As in mmdet, which takes arrays to be RGB here, and BGR where it predicts."""
-        return super().visualize([i[..., ::-1] if isinstance(i, np.ndarray) else i for i in inputs], *args, **kwargs)
-
-    def _get_chunk_data(self, inputs: Iterable, chunk_size: int) -> Iterator[list]:
-        """Batches of (input, what the pipeline made of it), without what cannot be read.
+    def preprocess(self, inputs: Any, batch_size: int = 1, unreadable: dict[str, str] | None = None) -> Iterator:
+        """Batches of (sources, data) for :meth:`forward`.
 
         Only images of one size share a batch: others would be padded to one, which changes their boxes.
         """
-        prepared = (item for source in inputs for item in self._prepare(source))
+        prepared = (item for source in self._sources(inputs) for item in self._prepare(source, unreadable))
         for _, alike in groupby(prepared, key=lambda item: item[1]["inputs"].shape):
-            while batch := list(islice(alike, chunk_size)):
-                yield batch
+            while batch := list(islice(alike, batch_size)):
+                yield self.collate_fn(batch)
 
-    def _prepare(self, source: Any) -> list:
+    def visualize(
+        self,
+        inputs: Sequence[Source],
+        preds: Sequence[DetDataSample],
+        return_vis: bool = False,
+        show: bool = False,
+        wait_time: float = 0,
+        draw_pred: bool = True,
+        pred_score_thr: float = 0.3,
+        no_save_vis: bool = False,
+        img_out_dir: str = "",
+    ) -> list[np.ndarray] | None:
+        """As in mmdet; each image has a file of its own."""
+        folder = "" if no_save_vis else img_out_dir
+        if not (show or folder or return_vis):
+            return None
+        drawn = []
+        for source, sample in zip(inputs, preds, strict=True):
+            path = path_of(source)
+            name = self._name(folder, "vis", path, as_picture(Path(f"{self.num_visualized_imgs:08d}.jpg")))
+            image = self.reader.colours(source)[..., ::-1]
+            options = dict(show=show, wait_time=wait_time, draw_pred=draw_pred, pred_score_thr=pred_score_thr)
+            with DRAWING:
+                self.visualizer.add_datasample(
+                    name.name, image, sample, draw_gt=False, out_file=str(name) if folder else None, **options
+                )
+                drawn.append(self.visualizer.get_image())
+            self.num_visualized_imgs += 1
+        return drawn
+
+    def pred2dict(self, data_sample: DetDataSample, pred_out_dir: str = "") -> dict:
+        """As in mmdet; each image has a file of its own."""
+        result = super().pred2dict(data_sample)
+        if pred_out_dir:
+            name = self._name(
+                pred_out_dir, "preds", data_sample.get("img_path"), Path(f"{self.num_predicted_imgs}.json")
+            )
+            self.num_predicted_imgs += 1
+            if "panoptic_seg" in result:
+                picture = str(name.with_name(f"{name.stem}_panoptic_seg.png"))
+                mmcv.imwrite(result.pop("panoptic_seg")[:, :, ::-1], picture)
+                result["panoptic_seg_path"] = picture
+            mmengine.dump(result, str(name))
+        return result
+
+    def _name(self, folder: str, kind: str, path: str | None, numbered: Path) -> Path:
+        """The file of an image: by its path, the same one whenever it comes; a new one where it has no path."""
+        root = Path(folder, kind)
+        if path is None:
+            return self._names.take(root / numbered)
+        key = (folder, kind, path)
+        if key not in self._named:
+            where = root / below(path, self._common)
+            plain, whole = where.with_suffix(".json"), where.with_name(where.name + ".json")
+            self._named[key] = self._names.take(*([as_picture(where)] if kind == "vis" else [plain, whole]))
+        return self._named[key]
+
+    def _inputs_to_list(self, inputs: Any) -> list:
+        listed = list(self._sources(inputs))
+        folders = [Path(path).parent for path in map(path_of, listed) if path is not None and "://" not in path]
+        self._common = common_folder([str(folder) for folder in folders])
+        return listed
+
+    def _sources(self, inputs: Any) -> Iterator:
+        for source in each(inputs):
+            path = path_of(source)
+            yield from [source] if path is None or not Path(path).is_dir() else images_in(path)
+
+    def _prepare(self, source: Any, unreadable: dict[str, str] | None) -> list:
+        """The source with what the pipeline makes of it; nothing of what may be left out."""
+        fields = dict(source) if isinstance(source, dict) else {}
+        source = fields.pop("img", fields.pop("img_path", None)) if fields else source
         try:
-            return next(super()._get_chunk_data([source], 1))
-        except Exception as error:
-            if not isinstance(source, str) or _readable(source):
+            image = self.reader(source)
+        except UserError as error:
+            if not self.skip_unreadable or path_of(source) is None:
                 raise
-            if not self.skip_unreadable:
-                raise UserError(f"{source} cannot be read as an image") from error
-            self.unreadable.append(source)
+            for skipped in (self.unreadable, unreadable):
+                if skipped is not None:
+                    skipped[path_of(source)] = str(error).replace(path_of(source), "it", 1)
             return []
+        try:
+            with self._lock:
+                data = self.pipeline(dict(fields, img=image))
+        except Exception as error:
+            size = f"{image.shape[1]} x {image.shape[0]} pixels"
+            raise UserError(
+                f"{name_of(source)}, {size}, cannot be prepared for the detector: {reason_of(error)}"
+            ) from error
+        if "img_path" in data["data_samples"]:
+            data["data_samples"].set_metainfo(dict(img_path=path_of(source)))
+        return [(source, data)]
+
+    def _init_pipeline(self, cfg: Config) -> Compose:
+        try:
+            pipeline = super()._init_pipeline(cfg)
+        except ValueError as error:
+            place = "test_dataloader.dataset.pipeline"
+            raise UserError(
+                f"{cfg.filename or 'config'}: {place} has no LoadImageFromFile to give an image to"
+            ) from error
+        loader = next(step for step in pipeline.transforms if hasattr(step, "from_file"))
+        self.reader = Reader.of(loader.from_file)
+        return pipeline
 
     def _init_model(self, cfg: Config, weights: str, device: str = "cpu") -> nn.Module:
         meant = build_without_weights(cfg.model)
@@ -163,7 +287,7 @@ class Inferencer(DetInferencer):
 
     def _init_visualizer(self, cfg: Config) -> DetLocalVisualizer:
         # Not the config's: its back ends write into a run's folder.
-        visualizer = _Visualizer(name=f"inference-{id(self)}")
+        visualizer = DetectionVisualizer(name=f"inference-{id(self)}")
         visualizer.dataset_meta = self.model.dataset_meta
         return visualizer
 
@@ -190,10 +314,3 @@ def _usable(device: str | None) -> str | None:
             has = f"{count} GPU(s): cuda:0 to cuda:{count - 1}" if count else "no GPU that PyTorch can use: take cpu"
             raise UserError(f"device {device}: this machine has {has}")
     return device
-
-
-def _readable(path: str) -> bool:
-    try:
-        return mmcv.imread(path) is not None
-    except Exception:
-        return False

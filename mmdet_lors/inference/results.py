@@ -1,8 +1,10 @@
 """Predictions as plain values: boxes by name, and results in COCO's format."""
 
+import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 from mmdet_lors.datasets.annotations import check_categories, read_annotations
+from mmdet_lors.datasets.exif import check_frame
 from mmdet_lors.errors import UserError
 
 
@@ -36,10 +39,12 @@ class CocoIds:
     Args:
         images: image -> id.
         categories: label -> id.
+        sizes: image -> (width, height) that its annotation says, in pixels.
     """
 
     images: dict[str, int]
     categories: list[int]
+    sizes: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
 
     @classmethod
     def counted(cls, images: Sequence[str], classes: Sequence[str]) -> "CocoIds":
@@ -47,30 +52,46 @@ class CocoIds:
         return cls({image: i for i, image in enumerate(images, start=1)}, list(range(1, len(classes) + 1)))
 
     @classmethod
-    def from_annotations(cls, path: Path, images: Sequence[str], classes: Sequence[str]) -> "CocoIds":
-        """Those of an annotation file, found by file name and class name.
+    def from_annotations(
+        cls, path: Path, images: Sequence[str], classes: Sequence[str], frame: str | None = None
+    ) -> "CocoIds":
+        """Those of an annotation file, found by class name and by the images' paths, which end with a ``file_name``.
 
         Raises:
-            UserError: an annotation file that cannot be read, that lacks an image or a class, or that has several
-                images of one name.
+            UserError: an annotation file that cannot be read, that lacks an image or a class, in which an image may be
+                several, or whose sizes are not in the frame in which the image is loaded.
         """
         content = read_annotations(path)
-        check_categories(content, path, tuple(classes))
-        by_name = defaultdict(list)
-        for row in content["images"]:
-            by_name[Path(row["file_name"]).name].append(row["id"])
-        ids = {}
-        for image in images:
-            found = by_name[Path(image).name]
-            if len(found) != 1:
-                what = "no image" if not found else f"{len(found)} images"
-                raise UserError(f"annotation file {path} has {what} of the name {Path(image).name} ({image})")
-            ids[image] = found[0]
+        check_categories(content, path, None)
         categories = {row["name"]: row["id"] for row in content["categories"]}
-        return cls(ids, [categories[name] for name in classes])
+        if missing := [name for name in classes if name not in categories]:
+            raise UserError(
+                f"annotation file {path} has no category {', '.join(map(repr, missing[:3]))}"
+                f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''} of the checkpoint's {len(classes)} "
+                f"classes; it has {', '.join(map(repr, list(categories)[:5]))}{', ...' if len(categories) > 5 else ''}"
+            )
+        rows = _rows(path, content["images"], images)
+        for image, row in rows.items():
+            if {"width", "height"} <= row.keys():
+                check_frame(image, row["width"], row["height"], frame)
+        return cls(
+            {image: row["id"] for image, row in rows.items()},
+            [categories[name] for name in classes],
+            {image: (row.get("width"), row.get("height")) for image, row in rows.items()},
+        )
 
     def results(self, image: str, sample: DetDataSample) -> list[dict]:
-        """All predictions of one image: ``image_id``, ``category_id``, ``bbox`` as [x, y, width, height], ``score``."""
+        """All predictions of one image: ``image_id``, ``category_id``, ``bbox`` as [x, y, width, height], ``score``.
+
+        Raises:
+            UserError: the image has not the size that its annotation says.
+        """
+        height, width = sample.ori_shape
+        said = self.sizes.get(image, (None, None))
+        if None not in said and said != (width, height):
+            raise UserError(
+                f"image {image} has {width} x {height} pixels, but its annotation says {said[0]} x {said[1]}"
+            )
         found = sample.pred_instances
         corner, opposite = found.bboxes.split(2, dim=1)
         xywh = torch.cat([corner, opposite - corner], dim=1)
@@ -78,3 +99,44 @@ class CocoIds:
             dict(image_id=self.images[image], category_id=self.categories[label], bbox=bbox, score=score)
             for label, bbox, score in zip(found.labels.tolist(), xywh.tolist(), found.scores.tolist(), strict=True)
         ]
+
+
+def _rows(path: Path, rows: list[dict], images: Sequence[str]) -> dict[str, dict]:
+    """Image -> its row, by one folder from which all images have a row where there is such a folder."""
+    by_parts = defaultdict(list)
+    for place, row in enumerate(rows):
+        if not isinstance(row, dict) or not {"id", "file_name"} <= row.keys() or not isinstance(row["file_name"], str):
+            raise UserError(f"annotation file {path}: images[{place}] has not both an id and a file_name")
+        by_parts[_parts(os.path.normpath(row["file_name"]))].append(row)
+
+    found = {}
+    for image in images:
+        parts = _parts(os.path.abspath(image))
+        ends = {parts[:n]: by_parts[parts[n:]] for n in range(len(parts)) if parts[n:] in by_parts}
+        if not ends:
+            same = next((row["file_name"] for row in rows if _parts(row["file_name"])[-1:] == parts[-1:]), None)
+            other = f"; it has {same!r}, whose folder is another" if same else ""
+            raise UserError(f"annotation file {path} has no image whose file_name is the end of {image}{other}")
+        found[image] = ends
+    shared = set.intersection(*(set(ends) for ends in found.values()))
+    chosen, taken = {}, {}
+    for image, ends in found.items():
+        left = [row for folder, some in ends.items() if not shared or folder in shared for row in some]
+        if len(left) > 1:
+            names = " or ".join(f"{row['file_name']!r} (id {row['id']!r})" for row in left[:2])
+            raise UserError(
+                f"image {image} may be {names} in annotation file {path}: give each image a file_name of its own"
+            )
+        chosen[image] = left[0]
+        first = taken.setdefault(left[0]["id"], image)
+        if first != image:
+            raise UserError(
+                f"images {first} and {image} are both {left[0]['file_name']!r} in annotation file {path}: "
+                "give the images of one data set"
+            )
+    return chosen
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """Folders and name, letters with accents in one form whatever the file system's."""
+    return Path(unicodedata.normalize("NFC", path)).parts

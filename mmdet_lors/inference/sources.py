@@ -6,11 +6,10 @@ from pathlib import Path
 
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 
+from mmdet_lors.engine.output_names import OutputNames, as_picture, below, common_folder
 from mmdet_lors.errors import UserError
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
-KEPT_EXTENSIONS = (".jpg", ".jpeg", ".png")
-"""Formats in which the picture of an image is written too; of others it becomes a PNG."""
 
 
 def is_video(path: Path) -> bool:
@@ -22,6 +21,18 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS
 
 
+def images_in(folder: str | os.PathLike) -> list[str]:
+    """The images right in a folder, in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = sorted(str(p) for p in Path(folder).iterdir() if _is_image(p) and p.is_file())
+    if not found:
+        raise UserError(f"folder {folder} has no images ({', '.join(IMG_EXTENSIONS)})")
+    return found
+
+
 def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
     """The images, each once, and the video, of which there is at most one and then no image.
 
@@ -31,14 +42,12 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
         UserError: what does not exist, a folder without images, a file that is neither image nor video by its name, a
             video beside something else.
     """
-    images: dict[str, None] = {}
+    images: dict[str, str] = {}  # by their whole path: each once, however it is written
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            found = sorted(str(p) for p in path.iterdir() if _is_image(p) and p.is_file())
-            if not found:
-                raise UserError(f"folder {name} has no images ({', '.join(IMG_EXTENSIONS)})")
-            images |= dict.fromkeys(found)
+            for image in images_in(name):
+                images.setdefault(os.path.abspath(image), image)
         elif not path.is_file():
             raise UserError(f"input {name} does not exist")
         elif is_video(path):
@@ -46,29 +55,27 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
                 raise UserError(f"input {name} is a video: give it alone")
             return [], name
         elif _is_image(path):
-            images[name] = None
+            images.setdefault(os.path.abspath(name), name)
         else:
             raise UserError(
                 f"input {name} is neither an image ({', '.join(IMG_EXTENSIONS)}) "
                 f"nor a video ({', '.join(VIDEO_EXTENSIONS)})"
             )
-    return list(images), None
+    return list(images.values()), None
 
 
 def picture_paths(images: Sequence[str], out: Path) -> dict[str, Path]:
     """Image -> its picture's file below ``out``: the images' paths below the folder that they have in common.
 
     Raises:
-        UserError: a picture would overwrite its image.
+        UserError: a picture would overwrite an image.
     """
-    common = os.path.commonpath([os.path.abspath(os.path.dirname(image)) for image in images])
-    paths = {}
-    for image in images:
-        target = out / os.path.relpath(os.path.abspath(image), common)
-        if target.suffix.lower() not in KEPT_EXTENSIONS:
-            target = target.with_name(target.name + ".png")
-        check_not_input(target, image)
-        paths[image] = target
+    common = common_folder([os.path.dirname(image) for image in images])
+    names, read = OutputNames(), {Path(image).resolve(): image for image in images}
+    paths = {image: out / names.take(as_picture(below(image, common))) for image in images}
+    for target in paths.values():
+        if (source := read.get(target.resolve())) is not None:
+            check_not_input(target, source)
     return paths
 
 

@@ -4,7 +4,6 @@ import base64
 import logging
 from io import BytesIO
 from pathlib import Path
-from threading import Lock
 
 import mmcv
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from mmdet_lors.errors import UserError
 
 from .inferencer import Inferencer
+from .pictures import Reader, name_of
 from .results import boxes
 
 MAX_PIXELS = 40_000_000
@@ -35,8 +35,8 @@ COLUMNS = [
 ]
 
 
-def read_picture(data: bytes, name: str) -> np.ndarray:
-    """An image file's content as (H, W, 3), BGR.
+def read_picture(data: bytes, name: str, reader: Reader) -> np.ndarray:
+    """An image file's content as (H, W, 3), BGR, in the frame in which the detector's config loads it.
 
     Raises:
         UserError: no image, or one of too many pixels.
@@ -45,30 +45,28 @@ def read_picture(data: bytes, name: str) -> np.ndarray:
         with Image.open(BytesIO(data)) as header:
             width, height = header.size
         too_large = width * height > MAX_PIXELS
-        image = None if too_large else mmcv.imfrombytes(data)
     except Image.DecompressionBombError:
         too_large = True
     except Exception as error:  # decoders raise whatever they like on broken files
         raise UserError(f"{name} cannot be read as an image") from error
     if too_large:
         raise UserError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels")
-    if image is None:
-        raise UserError(f"{name} cannot be read as an image")
-    return image
+    try:
+        return reader.colours(data)
+    except UserError as error:
+        raise UserError(str(error).replace(name_of(data), name)) from error
 
 
 class Detections:
     """What the page shows of one picture: kept, so that another lowest score needs no new run of the detector."""
 
-    def __init__(self, inferencer: Inferencer, lock: Lock, image: np.ndarray) -> None:
-        self.inferencer, self.lock, self.image = inferencer, lock, image
-        with lock:
-            self.sample: DetDataSample = next(inferencer.stream([image]))[1]
+    def __init__(self, inferencer: Inferencer, image: np.ndarray, name: str) -> None:
+        self.inferencer, self.image, self.name = inferencer, image, name
+        self.sample: DetDataSample = next(inferencer.stream(image))[1]
 
     def picture(self, score_thr: float) -> tuple[str, int]:
         """The picture with its boxes, as the address of an image that holds its own data, and its width."""
-        with self.lock:  # matplotlib's figure is one for all
-            drawn = self.inferencer.draw(self.image, self.sample, score_thr)
+        drawn = self.inferencer.draw(self.image, self.sample, score_thr)
         if max(drawn.shape[:2]) > SHOWN_SIDE:
             drawn = mmcv.imrescale(drawn, (SHOWN_SIDE, SHOWN_SIDE))
         file = BytesIO()
@@ -88,12 +86,12 @@ class Page:
     """One visitor's page."""
 
     def __init__(
-        self, inferencer: Inferencer, lock: Lock, title: str, example: Path | None, max_bytes: int, score_thr: float
+        self, inferencer: Inferencer, title: str, example: Path | None, max_bytes: int, score_thr: float
     ) -> None:
-        self.inferencer, self.lock, self.max_bytes = inferencer, lock, max_bytes
+        self.inferencer, self.max_bytes = inferencer, max_bytes
         self.example = example
         self.found: Detections | None = None
-        self.name = ""
+        self.asked = 0
         ui.colors(primary="#1f5f8b")
         with ui.header().classes("items-baseline"):
             ui.label("Object detection").classes("text-xl font-medium")
@@ -155,17 +153,23 @@ class Page:
         """Run the detector in a thread, then show what it found, or say why not."""
         self.say("")
         self.spinner.visible = True
+        self.asked = asked = self.asked + 1
+        message = ""
         try:
-            self.found = await run.io_bound(lambda: Detections(self.inferencer, self.lock, read_picture(data, name)))
-            self.name = name
-            await self.show()
+            found = await run.io_bound(
+                lambda: Detections(self.inferencer, read_picture(data, name, self.inferencer.reader), name)
+            )
+            if asked == self.asked:  # the visitor may have chosen another picture meanwhile
+                self.found = found
+                await self.show()
         except UserError as error:
-            self.say(str(error))
+            message = str(error)
         except Exception:
             logging.getLogger(__name__).exception("detection failed")
-            self.say(f"{name}: the detector failed; the reason is in the server's output")
-        finally:
+            message = f"{name}: the detector failed; the reason is in the server's output"
+        if asked == self.asked:
             self.spinner.visible = False
+            self.say(message)
 
     async def slid(self, event: events.GenericEventArguments) -> None:
         """Take another lowest score; the slider's own value may still be on its way."""
@@ -174,17 +178,19 @@ class Page:
 
     async def show(self) -> None:
         """Picture and table of the boxes above the lowest score."""
-        if self.found is None:
+        found, score_thr = self.found, self.slider.value
+        if found is None:
             return
-        score_thr = self.slider.value
-        source, shown_width = await run.io_bound(self.found.picture, score_thr)
+        source, shown_width = await run.io_bound(found.picture, score_thr)
+        if (found, score_thr) != (self.found, self.slider.value):
+            return  # a later picture or score is on its way
         self.picture.set_source(source)
         self.picture.style(f"max-width: {shown_width}px")
-        self.table.rows = self.found.rows(score_thr)
-        height, width = self.found.image.shape[:2]
+        self.table.rows = found.rows(score_thr)
+        height, width = found.image.shape[:2]
         count = len(self.table.rows)
         self.summary.text = (
-            f"{self.name}, {width} x {height} pixels: {count} {'box' if count == 1 else 'boxes'} "
+            f"{found.name}, {width} x {height} pixels: {count} {'box' if count == 1 else 'boxes'} "
             f"with a score above {score_thr:.2f}"
         )
         self.picture.visible = self.table.visible = True
@@ -196,17 +202,16 @@ def make_app(
     """The web application; it loads nothing from elsewhere. One per process: NiceGUI's pages are global.
 
     Args:
-        inferencer: the detector; visitors take turns.
+        inferencer: the detector, which visitors share.
         title: what the page says that it runs.
         example: an image to try, or None.
         max_bytes: largest file that is taken.
         score_thr: where the slider starts.
     """
-    lock = Lock()
 
     @ui.page("/")
     def page() -> None:
-        Page(inferencer, lock, title, example, max_bytes, score_thr)
+        Page(inferencer, title, example, max_bytes, score_thr)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(app, title="mmdet_lors", favicon="🔍", show_welcome_message=False)

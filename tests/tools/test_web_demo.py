@@ -154,12 +154,13 @@ def test_a_bad_upload_gives_a_message(page, data, message):
 @pytest.mark.parametrize("side", [7_000, 20_000])
 def test_a_small_file_of_many_pixels_is_refused(side, tmp_path):
     from mmdet_lors.errors import UserError
+    from mmdet_lors.inference.pictures import Reader
     from mmdet_lors.inference.web import read_picture
 
     Image.new("1", (side, side)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     with pytest.raises(UserError, match="bomb.png has more than 40 million pixels"):
-        read_picture((tmp_path / "bomb.png").read_bytes(), "bomb.png")
+        read_picture((tmp_path / "bomb.png").read_bytes(), "bomb.png", Reader())
 
 
 def test_without_nicegui_it_says_what_to_install(monkeypatch, capsys):

@@ -24,7 +24,6 @@ from mmengine.visualization import Visualizer
 
 from mmdet_lors.analysis.output import FORMATS, check_writable, console, save_figure
 from mmdet_lors.engine.checks import check_inputs
-from mmdet_lors.engine.hooks import enlarged
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 
@@ -72,8 +71,6 @@ def _detection(visualizer: Visualizer, item: dict, index: int) -> Picture:
     image = _pixels(item["inputs"])[..., ::-1]  # PackDetInputs leaves BGR.
     size = f"{image.shape[1]} x {image.shape[0]}"
     count = len(sample.gt_instances)
-    if "masks" not in sample.gt_instances:
-        image, sample = enlarged(np.ascontiguousarray(image), sample, MIN_SIDE)
     visualizer.add_datasample("", np.ascontiguousarray(image), sample, draw_pred=False)
     name = Path(sample.img_path).stem
     return Picture(f"{index:06d}_{name}", f"{name}: {size}, {count} boxes", visualizer.get_image(), count)
@@ -100,7 +97,8 @@ def pictures(cfg: Config, dataset, start: int, number: int, seed: int) -> Iterat
         if isinstance(sample, DetDataSample):
             if visualizer is None:
                 # Not the config's back ends: they would write logs.
-                visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None, name="browse_dataset"))
+                own = dict(type="DetectionVisualizer", min_side=MIN_SIDE, vis_backends=None, name="browse_dataset")
+                visualizer = VISUALIZERS.build(dict(cfg.visualizer, **own))
                 visualizer.dataset_meta = dataset.metainfo
             yield _detection(visualizer, item, index)
         elif isinstance(sample, int):
