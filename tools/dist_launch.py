@@ -41,6 +41,8 @@ def ending(exit_code: int) -> str:
 
 
 if __name__ == "__main__":
+    if not os.access("/proc/self/stat", os.R_OK):
+        sys.exit("error: several processes need Linux; elsewhere use one: python tools/train.py CONFIG")
     signal.signal(signal.SIGTERM, pass_on)
     # torch 2.6 cannot be kept from handling SIGTERM itself.
     known = "--signals-to-handle" in get_args_parser().format_help()

@@ -14,7 +14,7 @@ launch() {
     local processes=$1 threads
     shift
     [[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "error: GPUS must be a positive number, got '$processes'" >&2; exit 2; }
-    threads=$(($(nproc) / processes))
+    threads=$(($(nproc 2>/dev/null || echo 1) / processes))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
     exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/dist_launch.py" \
         --nnodes="${NNODES:-1}" \

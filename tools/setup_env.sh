@@ -17,6 +17,11 @@
 #   MAX_JOBS, CFLAGS    parallel compilers (default: one per core, and per 2 GB of memory); their flags (default: -O1 -g0)
 set -euo pipefail
 
+if [[ $(uname -s) != Linux ]]; then
+  echo "setup: this script needs Linux; docs/compatibility.md says what to install on $(uname -s)" >&2
+  exit 1
+fi
+
 tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export MMDET_LORS_VENV=${MMDET_LORS_VENV:-$(dirname "$tools")/.venv}
 

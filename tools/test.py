@@ -13,6 +13,7 @@ from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.engine.machine import use_device
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 
@@ -95,6 +96,7 @@ def augment(cfg: Config) -> None:
 def main() -> None:
     """Check the inputs, then hand over to mmengine's runner."""
     args = parse_args()
+    use_device(args.device, args.launcher)
     cfg = load_config(args.config, args.cfg_options, args.launcher, args.work_dir)
     use_evaluated_data_hook(cfg)
     if args.out and not args.out.endswith((".pkl", ".pickle")):

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -13,6 +13,7 @@ from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
+from mmdet_lors.engine.machine import use_device
 from mmdet_lors.engine.resume import choose_start, faults_in_one_line, how_to_go_on, make_resumable
 from mmdet_lors.engine.stop import Stopped, stop_at_once
 from mmdet_lors.errors import UserError
@@ -27,7 +28,7 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         choices=["auto", "float16", "bfloat16"],
-        help="mixed precision; auto is float16 with loss scaling on a GPU, bfloat16 on a CPU",
+        help="mixed precision; auto is float16 with loss scaling on a CUDA GPU, bfloat16 elsewhere",
     )
     parser.add_argument(
         "--auto-scale-lr",
@@ -48,13 +49,13 @@ def use_amp(cfg: Config, dtype: str) -> None:
     """Switch the optimizer wrapper to mixed precision.
 
     Raises:
-        UserError: float16 on a CPU.
+        UserError: float16 without a CUDA GPU.
     """
-    if torch.cuda.is_available():
+    if get_device() == "cuda":
         dtype = "float16" if dtype == "auto" else dtype
         cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype=dtype, loss_scale="dynamic")
     elif dtype == "float16":
-        raise UserError("--amp float16 needs a GPU; a CPU trains with --amp bfloat16")
+        raise UserError(f"--amp float16 needs a CUDA GPU; device {get_device()} trains with --amp bfloat16")
     else:
         cfg.optim_wrapper.update(type="CPUAmpOptimWrapper")
 
@@ -84,6 +85,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     """Train; SIGTERM stops the run after an iteration, with exit status 0."""
     args = parse_args()
+    use_device(args.device, args.launcher)
     try:
         stop_at_once()
         with faults_in_one_line():

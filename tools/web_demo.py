@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
         help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda:N, mps or xpu (default: a GPU if there is one)")
     parser.add_argument(
         "--score-thr", type=float, default=0.3, metavar="S", help="where the slider starts (default: %(default)s)"
     )

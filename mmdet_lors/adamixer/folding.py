@@ -19,7 +19,8 @@ def folded_state_dict(model: QueryBased, dtype: torch.dtype = torch.float32) -> 
     """The state dict of the plain detector that a detector with LORS is equal to; the detector is left as it is.
 
     Stage i gets as its own W_gen,i = W_shared + sum_k (B_i^k (.) A_i^k applied to the columns of E_i^k) from LORSA, and
-    W_out,i = W_shared + B_i A_i from LORST. The sums are taken in float64 and rounded once.
+    W_out,i = W_shared + B_i A_i from LORST. The sums are taken in float64, on the CPU as not every device has it, and
+    rounded once.
 
     Args:
         model: a detector whose decoder has LORSA, LORST or both.
@@ -31,9 +32,9 @@ def folded_state_dict(model: QueryBased, dtype: torch.dtype = torch.float32) -> 
     for half, layer in ((decoder.lorsa, "parameter_generator"), (decoder.lorst, "out_proj")):
         if half is None:
             continue
-        exact = deepcopy(half).double()
+        exact, device = deepcopy(half).cpu().double(), next(half.parameters()).device
         for i in range(half.num_layers):
             weight, bias = exact.fold(i)
-            state[f"decoder.stages.{i}.mixing.{layer}.weight"] = weight.to(dtype)
-            state[f"decoder.stages.{i}.mixing.{layer}.bias"] = bias.to(dtype)
+            state[f"decoder.stages.{i}.mixing.{layer}.weight"] = weight.to(device, dtype)
+            state[f"decoder.stages.{i}.mixing.{layer}.bias"] = bias.to(device, dtype)
     return state

@@ -1,9 +1,10 @@
-"""Mixed precision without a GPU."""
+"""Mixed precision without a CUDA GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """mmengine's ``AmpOptimWrapper`` is for accelerators; on a CPU bfloat16 needs no loss scaling, only autocast."""
+    """bfloat16 on what mmengine's ``AmpOptimWrapper`` refuses, such as a CPU or mps: autocast, without loss scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """The forward pass in bfloat16 where that is safe."""
-        with super().optim_context(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        with super().optim_context(model), torch.autocast(get_device(), dtype=torch.bfloat16):
             yield

@@ -106,8 +106,11 @@ def outlive_sigterm(worker_id: int) -> None:
     """Start of a data worker that only its own parent can stop.
 
     A scheduler sends SIGTERM to every process of a job. A worker that died of it would take the iteration with it that
-    the training process wants to finish.
+    the training process wants to finish. Where a process is not told who sent a signal (macOS, Windows), its worker
+    dies of it, and the run goes on from its newest checkpoint.
     """
+    if not (hasattr(signal, "sigwaitinfo") and hasattr(signal, "pthread_sigmask")):
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
 

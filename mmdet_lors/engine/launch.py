@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from mmdet.utils import register_all_modules, setup_cache_size_limit_of_dynamo
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import init_default_scope
 
 from mmdet_lors.errors import UserError
 
 from .build import one_at_a_time
+from .machine import use_start_method
 from .network import let_gloo_find_its_interface
 from .restarts import restarted_store
 
@@ -39,6 +41,9 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
         help="how the processes were started; the launch scripts set it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, mps or xpu (default: a GPU if mmengine finds one)"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -77,7 +82,8 @@ def load_config(
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get("default_scope", "mmdet"))
     setup_cache_size_limit_of_dynamo()
-    if not torch.cuda.is_available():
+    use_start_method(cfg)
+    if not torch.cuda.is_available() or get_device() == "cpu":
         _prepare_cpu(cfg)
     return cfg
 

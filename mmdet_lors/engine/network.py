@@ -1,16 +1,25 @@
 """Which network interface leads to another machine."""
 
-import fcntl
 import os
 import socket
 import struct
+import sys
 
 SIOCGIFADDR = 0x8915
 """Linux's request for an interface's IPv4 address."""
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of the interface that packets to an address leave with, or None: unknown, or not out of this machine."""
+    """Name of the interface that packets to an address leave with, or None: unknown, or not out of this machine.
+
+    Only Linux is asked: the request has another number elsewhere, and Windows has no ``fcntl``.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        import fcntl
+    except ImportError:
+        return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             # Nothing is sent: this looks the way up.

@@ -3,10 +3,19 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+
+
+def _accelerator() -> tuple[str, ModuleType] | None:
+    """Name and module of the kind of device that torch has here beside the CPU, such as 'cuda' and torch.cuda."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    return device.type, torch.get_device_module(device)
 
 
 def random_state() -> dict[str, Any]:
@@ -19,8 +28,9 @@ def random_state() -> dict[str, Any]:
         numpy=dict(key=torch.from_numpy(key.astype(np.int64)), position=position, has_gauss=has_gauss, gauss=gauss),
         torch=torch.get_rng_state(),
     )
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if (found := _accelerator()) is not None:
+        kind, module = found
+        state[kind] = module.get_rng_state()
     return state
 
 
@@ -31,8 +41,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     key = numpy["key"].cpu().numpy().astype(np.uint32)
     np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
     torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if (found := _accelerator()) is not None and found[0] in state:
+        kind, module = found
+        module.set_rng_state(state[kind].cpu())
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ class ReliableCheckpointHook(CheckpointHook):
             for name, value in mine["buffers"].items():
                 _bare(runner.model).get_buffer(name).copy_(value)
         if (last := runner.message_hub.runtime_info.get("last_ckpt")) is not None:
-            self.last_ckpt = os.path.join(self.out_dir, os.path.basename(last))
+            # Its name ends the path as another system may have written it, with / or \\.
+            self.last_ckpt = os.path.join(self.out_dir, PureWindowsPath(last).name)
         self._saved_iter = runner.iter
         if not hasattr(runner.train_loop, "go_on"):
             return

@@ -1,5 +1,6 @@
 """A file is written whole or not at all, and a checkpoint carries its own checksum."""
 
+import errno
 import hashlib
 import os
 import re
@@ -79,10 +80,15 @@ def write_sealed(path: Path, data: bytes | memoryview) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Make a rename in this folder survive a power cut, where the system can: Windows opens no folders."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system, such as a network disk, that cannot
+            raise
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,6 @@ from typing import Any
 import mmcv
 import mmengine
 import numpy as np
-import torch
 from mmdet.apis import DetInferencer
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import DATASETS, MODELS
@@ -24,6 +23,7 @@ from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.engine.build import build_without_weights, one_at_a_time
 from mmdet_lors.engine.drawing import DRAWING, DetectionVisualizer
 from mmdet_lors.engine.launch import load_config
+from mmdet_lors.engine.machine import usable
 from mmdet_lors.engine.output_names import OutputNames, as_picture, below, common_folder
 from mmdet_lors.engine.trained import read_weights
 from mmdet_lors.errors import UserError
@@ -50,7 +50,7 @@ class Inferencer(DetInferencer):
     Args:
         config: a config file, or a config that was read already.
         checkpoint: its weights. Class names come from it, or else from the config's test data set.
-        device: such as 'cpu' or 'cuda:0'; None takes a GPU if there is one.
+        device: such as 'cpu', 'cuda:0', 'mps' or 'xpu'; None takes a GPU if mmengine finds one.
         palette: colours of the classes, as in ``DetInferencer``.
         show_progress: whether a call shows a progress bar.
         skip_unreadable: leave out files that cannot be read as images instead of raising. ``unreadable`` has all that
@@ -86,6 +86,8 @@ class Inferencer(DetInferencer):
             model=config,
             weights=str(checkpoint),
             device=_usable(device),
+            scope=config.get("default_scope") or "mmdet",
+            device=None if device is None else str(usable(device)),
             scope=config.get("default_scope") or "mmdet",
             palette=palette,
             show_progress=show_progress,
@@ -300,17 +302,8 @@ def _check_config(cfg: Config) -> None:
         raise UserError(f"{name} has no test_dataloader.dataset.pipeline, which says how an image is prepared")
 
 
-def _usable(device: str | None) -> str | None:
-    """The device, if this machine has it."""
-    if device is None:
-        return None
+def _readable(path: str) -> bool:
     try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is not known: cpu, cuda or cuda:N") from error
-    if wanted.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (wanted.index or 0) >= count:
-            has = f"{count} GPU(s): cuda:0 to cuda:{count - 1}" if count else "no GPU that PyTorch can use: take cpu"
-            raise UserError(f"device {device}: this machine has {has}")
-    return device
+        return mmcv.imread(path) is not None
+    except Exception:
+        return False

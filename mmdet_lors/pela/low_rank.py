@@ -44,7 +44,7 @@ def best_factors(weight: Tensor, rank: int, randomized: bool = False) -> tuple[T
         U (in, r) and V (out, r), of the weight's dtype and device. Source: PELA paper, equations 2 and 3.
     """
     tall = weight.shape[0] > weight.shape[1]
-    W = (weight.T if tall else weight).double()
+    W = _in_float64(weight.T if tall else weight)
     if randomized:
         with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
             torch.manual_seed(0)
@@ -61,7 +61,15 @@ def best_factors(weight: Tensor, rank: int, randomized: bool = False) -> tuple[T
         start = torch.randn(U.shape, generator=torch.Generator().manual_seed(0), dtype=U.dtype)
         U = torch.where(dead, start.to(U.device) * start_std(*U.shape), U)
         V = torch.where(dead, 0, V)
-    return U.to(weight.dtype), V.to(weight.dtype)
+    return U.to(weight), V.to(weight)
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    """On the CPU where the tensor's device has no float64, as mps and some of Intel's GPUs."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
 
 
 class LowRankLinear(nn.Module):
@@ -411,9 +419,9 @@ def _put(model: nn.Module, paths: Sequence[str], module: nn.Module) -> nn.Module
 
 @torch.no_grad()
 def _relative_error(weight: Tensor, layer: LowRankLinear) -> float:
-    W = weight.double()
+    W = _in_float64(weight)
     norm = W.norm()
-    return ((W - layer.V.double() @ layer.U.double().T).norm() / norm).item() if norm else 0.0
+    return ((W - _in_float64(layer.V) @ _in_float64(layer.U).T).norm() / norm).item() if norm else 0.0
 
 
 def _names(linears: Mapping[nn.Linear, list[str]]) -> str:

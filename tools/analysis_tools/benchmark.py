@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -202,7 +201,9 @@ def run_alone(request: str) -> None:
     if fixed["device"] == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        import resource  # Windows has none
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(json.dumps(dict(seconds=taken, peak=peak / 1e9)))
 
 
