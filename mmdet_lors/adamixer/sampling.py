@@ -46,6 +46,8 @@ def arrange(feats: Sequence[Tensor], strides: Sequence[int], groups: int, backen
     if backend == "auto":
         device = feats[0].device.type
         backend = {"cuda": "deformable", "cpu": "embedding_bag"}.get(device, "grid_sample")
+        if device == "mps" and torch.is_grad_enabled():  # where grid_sample has no backward pass, as of torch 2.11
+            backend = "embedding_bag"
         if torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
             backend = "grid_sample"
     sizes = tuple(tuple(feat.shape[-2:]) for feat in feats)

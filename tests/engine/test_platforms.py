@@ -22,11 +22,13 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmdet_lors.adamixer.folding import folded_state_dict
+from mmdet_lors.adamixer.sampling import arrange
 from mmdet_lors.analysis import study
 from mmdet_lors.engine import machine
 from mmdet_lors.engine.amp import CPUAmpOptimWrapper
@@ -339,6 +341,14 @@ def test_a_detector_trains_and_predicts_without_float64():
         losses = model(**model.data_preprocessor(data, True), mode="loss")
         model.parse_losses(losses)[0].backward()
         model(**model.data_preprocessor(data, False), mode="predict")
+
+
+def test_the_detector_trains_on_mps_with_an_operator_that_has_a_backward_pass_there():
+    with FakeTensorMode():
+        feats = [torch.empty(2, 4, 8, 8, device="mps")]
+        assert arrange(feats, [4], groups=2).backend == "embedding_bag"
+        with torch.no_grad():
+            assert arrange(feats, [4], groups=2).backend == "grid_sample"
 
 
 class _Mps(TorchFunctionMode):
