@@ -170,12 +170,12 @@ class AdaMixerDecoder(BaseModule):
                 f"decoder.featmap_strides has {len(self.featmap_strides)} entries for {len(feats)} feature levels"
             )
         pyramid = arrange(feats, self.featmap_strides, self.stages[0].mixing.copies, self.sampling)
-        generator = self.lorsa and self.lorsa.begin(content.shape[:2].numel())
-        projection = self.lorst and self.lorst.begin()
+        generators = self.lorsa and self.lorsa.for_pass()
+        projections = self.lorst and self.lorst.for_pass()
         outputs = []
         for i, stage in enumerate(self.stages):
-            generate = self.lorsa and partial(self.lorsa, layer=i, shared=generator)
-            project = self.lorst and partial(self.lorst, layer=i, shared=projection)
+            generate = self.lorsa and partial(self.lorsa, layer=i, folded=generators)
+            project = self.lorst and partial(self.lorst, layer=i, folded=projections)
             cls_score, xyzr, content = stage(pyramid, xyzr, content, generate, project)
             outputs.append(StageOutput(cls_score, xyzr, xyzr_to_xyxy(xyzr), content))
             xyzr = xyzr.detach()

@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet_lors.lors import AdaptiveWeights
-from mmdet_lors.lors.adaptive import FactoredWeight
 from mmdet_lors.lors.recompute import recompute
 
-Weight = Tensor | FactoredWeight
-Generator = Callable[[Tensor], list[Weight]]
+Generator = Callable[[Tensor], list[Tensor]]
 Projection = Callable[[Tensor], Tensor]
 
 
@@ -20,12 +18,12 @@ def norm_relu(x: Tensor) -> Tensor:
     return F.relu(F.layer_norm(x, x.shape[-2:]), inplace=True)
 
 
-def adaptive_channel_mixing(x: Tensor, M: Weight) -> Tensor:
+def adaptive_channel_mixing(x: Tensor, M: Tensor) -> Tensor:
     """ACM before its norm and ReLU: X M. x (..., P_in, C), M (..., C, C)."""
     return x @ M
 
 
-def adaptive_spatial_mixing(x: Tensor, S: Weight) -> Tensor:
+def adaptive_spatial_mixing(x: Tensor, S: Tensor) -> Tensor:
     """ACM's norm and ReLU, then ASM before its own: S ReLU(LN(x)). x (..., P_in, C) -> (..., P_out, C)."""
     return S @ norm_relu(x)
 

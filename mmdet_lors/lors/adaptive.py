@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from .allocation import PerLayer, allocation
 from .recompute import recompute
 from .serving import Servable
-from .shared_linear import SharedWeight
 
 Shape = tuple[int, int]
 Block = tuple[Tensor, Tensor]
@@ -60,31 +58,6 @@ class AdaptiveWeights(nn.Linear):
         return f"{self.in_features}, shapes={self.shapes}, copies={self.copies}"
 
 
-class FactoredWeight(NamedTuple):
-    r"""W = W_shared + sum_k B^k E^k A^k, multiplied factor by factor: the private sum is never formed."""
-
-    shared: Tensor | None
-    """(..., copies, rows, cols)."""
-    B: Tensor
-    """(copies, rows, K, r)."""
-    E: Tensor
-    """(..., copies, K, r, r)."""
-    A: Tensor
-    """(copies, K, r, cols)."""
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """W x. (..., copies, cols, p) -> (..., copies, rows, p)."""
-        Ax = torch.einsum("gksj,...gjp->...gksp", self.A, x)
-        private = torch.einsum("gikr,...gkrp->...gip", self.B, self.E @ Ax)
-        return private if self.shared is None else self.shared @ x + private
-
-    def __rmatmul__(self, x: Tensor) -> Tensor:
-        """x W. (..., copies, p, rows) -> (..., copies, p, cols)."""
-        xB = torch.einsum("...gpi,gikr->...gkpr", x, self.B)
-        private = torch.einsum("...gkps,gksj->...gpj", xB @ self.E, self.A)
-        return private if self.shared is None else x @ self.shared + private
-
-
 class PrivateLORSA(nn.Module):
     r"""One layer's private part, :math:`\Delta W(q) = \sum_{k=1}^{K} B^k E^k(q) A^k`, for every copy and shape.
 
@@ -120,9 +93,9 @@ class PrivateLORSA(nn.Module):
     def forward(self, query: Tensor, shared: Sequence[Tensor] | None = None) -> list[Tensor]:
         """sum_k B E(q) A, added to ``shared`` if given. (..., query_dim) -> one (..., copies, rows, cols) per shape."""
         weights = []
-        for s, factors in enumerate(self.factored(query)):
-            EA = (factors.E @ factors.A).flatten(-3, -2)  # (..., copies, K * r, cols)
-            B = self.B[s]
+        for s, (B, E, A) in enumerate(zip(self.B, self.E(query), self.A, strict=True)):
+            E = E.unflatten(-3, (self.copies, self.groups))
+            EA = (E @ A.unflatten(1, (self.groups, self.rank))).flatten(-3, -2)  # (..., copies, K * r, cols)
             if shared is None:
                 weights.append(B @ EA)
                 continue
@@ -130,18 +103,6 @@ class PrivateLORSA(nn.Module):
             weight = torch.baddbmm(shared[s].flatten(0, -3), B.expand(*batch, -1, -1).flatten(0, -3), EA.flatten(0, -3))
             weights.append(weight.unflatten(0, batch))
         return weights
-
-    def factored(self, query: Tensor, shared: Sequence[Tensor] | None = None) -> list[FactoredWeight]:
-        """(..., query_dim) -> one :class:`FactoredWeight` per shape, beside ``shared`` (..., copies, rows, cols)."""
-        return [
-            FactoredWeight(
-                shared and shared[s],
-                self.B[s].unflatten(-1, (self.groups, self.rank)),
-                E.unflatten(-3, (self.copies, self.groups)),
-                self.A[s].unflatten(1, (self.groups, self.rank)),
-            )
-            for s, E in enumerate(self.E(query))
-        ]
 
     def fold(self, index: int, shared: Block | None) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one Linear that generates the matrices of shape ``index``, shared part and all.
@@ -189,9 +150,8 @@ class LORSA(Servable):
         shared: ``False`` drops the shared generator (the ablation "private only").
         shared_init: 'zeros' or 'kaiming' for the shared generator's weight. The paper says Kaiming, the code
             that produced its numbers starts from zero; the default follows the code.
-        path: how the private part is applied, all equal: 'weights' builds B E A for every query and adds it (released
-            code); 'features' multiplies the features by the factors one after the other; 'fold' adds the private part
-            to the generator, once for all queries; 'auto' takes the cheaper of the first and the last.
+        path: how the private part is applied, both equal: 'weights' builds B E A for every query and adds it (released
+            code); 'fold' adds the private part to the generator, once for all queries; 'auto' takes the cheaper one.
 
     Raises:
         ValueError: a list of the wrong length, a rank below 1, an unknown ``shared_init`` or ``path``, or a layer left
@@ -199,7 +159,7 @@ class LORSA(Servable):
     """
 
     SHARED_INITS = ("zeros", "kaiming")
-    PATHS = ("auto", "weights", "features", "fold")
+    PATHS = ("auto", "weights", "fold")
 
     def __init__(
         self,
@@ -247,48 +207,31 @@ class LORSA(Servable):
     def chosen_path(self, num_queries: int) -> str:
         """The path for this many queries on the device.
 
-        B E A costs as much for a query as for a column of the folded generator, of which there are m + 1. Multiplying
-        the features instead never needs fewer multiply-adds at AdaMixer's shapes.
+        B E A costs as much for a query as for a column of the folded generator, of which there are m + 1.
         """
         if self.path != "auto":
             return self.path
         return "fold" if num_queries > self.query_dim + 1 else "weights"
 
-    def begin(self, num_queries: int) -> SharedWeight | list[Block] | None:
-        """The shared generator for one pass through all layers, whose gradients for it then add up in one place.
-
-        Blocks for the path 'fold', the weight as one for the others; None for none.
-        """
-        if self.shared is None:
-            return None
-        return self.shared.blocks() if self.chosen_path(num_queries) == "fold" else SharedWeight.of(self.shared.weight)
-
-    def forward(
-        self, query: Tensor, layer: int, shared: SharedWeight | list[Block] | None = None
-    ) -> list[Tensor] | list[FactoredWeight]:
-        """W_i(q). (..., query_dim) -> one (..., copies, rows, cols) per shape; both kinds multiply with ``@``.
+    def forward(self, query: Tensor, layer: int, folded: list[list[Block]] | None = None) -> list[Tensor]:
+        """W_i(q) = W_shared(q) + sum_k B E(q) A. (..., query_dim) -> one (..., copies, rows, cols) per shape.
 
         Args:
             query: q.
             layer: i.
-            shared: what :meth:`begin` returned for this many queries, for a caller that goes through all layers.
+            folded: what :meth:`for_pass` returned, for a caller that goes through all layers.
         """
-        if self.folded is not None:
-            return [self._reshape(F.linear(query, *pair), s) for s, pair in enumerate(self.folded[layer])]
-        private, path = self.private[layer], self.chosen_path(query.shape[:-1].numel())
-        if path == "fold" and private is not None:
-            blocks = shared or self._blocks()
+        folded = self.for_pass() if folded is None else folded
+        if folded is not None:
+            return [self._reshape(F.linear(query, *pair), s) for s, pair in enumerate(folded[layer])]
+        private = self.private[layer]
+        if private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold":
             return [
-                self._reshape(recompute(self._generate, query, private, s, block), s) for s, block in enumerate(blocks)
+                self._reshape(recompute(self._generate, query, private, s, block), s)
+                for s, block in enumerate(self._blocks())
             ]
-        common = None
-        if isinstance(shared, SharedWeight) and not torch.compiler.is_compiling():
-            common = split(shared.linear(query, self.shared.bias), self.shapes, self.copies)
-        elif self.shared is not None:
-            common = self.shared(query)
-        if private is None:
-            return common
-        return private.factored(query, common) if path == "features" else private(query, common)
+        shared = None if self.shared is None else self.shared(query)
+        return shared if private is None else private(query, shared)
 
     def _blocks(self) -> list[Block] | list[None]:
         return [None] * len(self.shapes) if self.shared is None else self.shared.blocks()

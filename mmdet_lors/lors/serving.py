@@ -1,44 +1,100 @@
 """Serving a stack folded: its plain weights are kept in memory beside the parameters, which nobody touches."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+
+class Fingerprint(NamedTuple):
+    """What tells whether tensors are still what they were."""
+
+    kinds: list[tuple]
+    """Device, data type, shape and version of each."""
+    sketch: Tensor
+    """Of every row its product with one fixed vector, on the host: it sees what versions do not."""
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> "Fingerprint":
+        """One matrix-vector product per tensor, and one transfer for all."""
+        kinds, products = [], []
+        for t in tensors:
+            kinds.append((t.device, t.dtype, t.shape, None if t.is_inference() else t._version))
+            rows = t.reshape(-1, t.shape[-1]) if t.dim() else t.reshape(1, 1)
+            weights = torch.arange(1, rows.shape[1] + 1, device=t.device, dtype=torch.float32).cos()
+            dtype = torch.promote_types(t.dtype, torch.float32)
+            products.append((rows.to(dtype) @ weights.to(dtype)).double())
+        return cls(kinds, torch.cat(products).cpu())
+
+    def matches(self, other: "Fingerprint") -> bool:
+        """Whether nothing was written between the two."""
+        return self.kinds == other.kinds and torch.equal(self.sketch, other.sketch)
 
 
 class Servable(nn.Module):
     """A stack of ``num_layers`` layers whose low-rank parts can be folded away while it serves.
 
-    What is folded is no parameter and no buffer: it is not in the state dict. It is dropped as soon as the weights may
-    change: by ``train()``, by loading a state dict, by a move to another device or data type.
+    What is folded is no parameter and no buffer: it is in no state dict and no pickle. It is never older than the
+    weights: every pass compares their :class:`Fingerprint` with that of the weights that were folded, and folds anew
+    where it differs. Version counters see writes in place, optimizer steps and loaded state dicts, to the last bit.
+    The sketch sees what has no version: writes through ``.data`` (mmengine's EMA), NumPy or another process. It may
+    miss such a write where it is lost in rounding, below about 1e-6 of a row's norm. That costs one reading of the
+    parameters a pass.
+
+    Not folded are passes that may want gradients of the parameters, and those that are traced, compiled, exported or
+    captured: these read the parameters.
     """
 
     num_layers: int
 
     def __init__(self) -> None:
         super().__init__()
-        self.folded: list | None = None
+        self.serving = False
+        self._folded: tuple[Fingerprint, list] | None = None
 
     def fold_for_serving(self, layer: int) -> object:
         """What layer i needs to serve, tensors only."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def serve(self, mode: bool = True) -> "Servable":
-        """Fold every layer for inference, or drop what was folded."""
-        self.folded = [self.fold_for_serving(i) for i in range(self.num_layers)] if mode else None
+        """Serve folded from now on until ``train()``, or drop what was folded."""
+        self.serving, self._folded = mode, None
         return self
+
+    @property
+    def folded(self) -> list | None:
+        """What every layer serves with, of the weights as they are now; None for a stack that does not serve."""
+        sources = [*self.parameters(), *self.buffers()]
+        if not self.serving or any(t.is_meta for t in sources):
+            return None
+        # Out of whatever mode the caller is in: what is folded outlives it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(sources[0].device.type, enabled=False):
+            now = Fingerprint.of(sources)
+            kept = self._folded
+            if kept is None or not kept[0].matches(now):
+                kept = now, [self.fold_for_serving(i) for i in range(self.num_layers)]
+                self._folded = kept
+        return kept[1]
+
+    def for_pass(self) -> list | None:
+        """:attr:`folded` where this pass may use it, for a caller that goes through all layers; else None."""
+        if not self.serving or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        parameters = list(self.parameters())
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return None
+        if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        return self.folded
 
     def train(self, mode: bool = True) -> "Servable":
         if mode:
-            self.folded = None
+            self.serve(False)
         return super().train(mode)
 
-    def _apply(self, *args, **kwargs) -> "Servable":
-        self.folded = None
-        return super()._apply(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs) -> None:
-        self.folded = None
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
+    def __getstate__(self) -> dict:
+        return dict(super().__getstate__(), _folded=None)
 
 
 def serve(model: nn.Module, mode: bool = True) -> nn.Module:

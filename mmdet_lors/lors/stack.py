@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import PerLayer, per_layer
+from .computed import ComputesWeights, computed_weight
 from .static import LORST
 from .warm_start import FitError, fit_lorst_
 
@@ -77,14 +78,15 @@ def _computed(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     """
 
     def computed(name: str) -> property:
-        return property(lambda self: getattr(self, name + _SUFFIX)())
+        remedy = f"{name} is computed, W_shared + B A: write within plain_stack(layers), or to {name}{_SUFFIX}"
+        return computed_weight(name + _SUFFIX, remedy)
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         # Copying and pickling: the class has no name to be imported by.
-        return _new, (plain, names), self.__dict__
+        return _new, (plain, names), self.__getstate__()
 
     body = dict(__reduce_ex__=__reduce_ex__, __module__=__name__, plain_class=plain, computed_weights=names)
-    return type(f"Stacked{plain.__name__}", (plain,), body | {name: computed(name) for name in names})
+    return type(f"Stacked{plain.__name__}", (ComputesWeights, plain), body | {name: computed(name) for name in names})
 
 
 def _new(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -105,7 +107,7 @@ def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
 def _attach(module: nn.Module, name: str, weight: StackedWeight) -> None:
     """Compute ``module.<name>`` from now on."""
     delattr(module, name)
-    module.add_module(name + _SUFFIX, weight)
+    module.add_module(name + _SUFFIX, weight.train(module.training))
     _set_names(module, (*_names(module), name))
 
 

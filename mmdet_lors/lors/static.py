@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from .allocation import PerLayer, allocation
 from .serving import Servable
-from .shared_linear import SharedWeight
 
 
 class LowRankResidual(nn.Module):
@@ -119,27 +118,20 @@ class LORST(Servable):
         weight, bias = self.fold(layer)
         return weight.detach(), None if bias is None else bias.detach()
 
-    def begin(self) -> SharedWeight | None:
-        """W_shared for one pass through all layers, whose gradients for it then add up in one place; None for none."""
-        return None if self.shared is None else SharedWeight.of(self.shared)
-
-    def forward(self, x: Tensor, layer: int, shared: SharedWeight | None = None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, folded: list | None = None) -> Tensor:
         """x W_i^T + b_i. (..., in_features) -> (..., out_features).
 
         Args:
             x: the layer's input.
             layer: i.
-            shared: what :meth:`begin` returned, for a caller that goes through all layers.
+            folded: what :meth:`for_pass` returned, for a caller that goes through all layers.
         """
-        if self.folded is not None:
-            return F.linear(x, *self.folded[layer])
+        folded = self.for_pass() if folded is None else folded
+        if folded is not None:
+            return F.linear(x, *folded[layer])
         private, bias = self.private[layer], self.bias[layer] if self.bias is not None else None
-        if private is not None and self.chosen_path(x.shape[:-1].numel()) == "fold":
+        if private is None or self.chosen_path(x.shape[:-1].numel()) == "fold":
             return F.linear(x, *self.fold(layer))
-        if shared is not None and not torch.compiler.is_compiling():
-            return shared.linear(x, bias) if private is None else shared.linear(x, bias, private.A, private.B)
-        if private is None:
-            return F.linear(x, self.shared, bias)
         residual = private(x)
         if self.shared is None:
             return residual if bias is None else residual + bias

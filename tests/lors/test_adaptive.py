@@ -75,10 +75,9 @@ def test_paths_agree_in_value_and_gradient(shared, layer):
     q = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 5, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     found = {}
-    for path in ("weights", "features", "fold"):
+    for path in ("weights", "fold"):
         module.path = path
         M, S = module(q, layer)
-        assert isinstance(M, adaptive.FactoredWeight) == (path == "features")
         out = S @ (x @ M)
         module.zero_grad()
         q.grad = x.grad = None
@@ -86,17 +85,16 @@ def test_paths_agree_in_value_and_gradient(shared, layer):
         gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
         found[path] = dict(gradients, out=out.detach(), q=q.grad, x=x.grad)
     assert len(found["weights"]) == (2 if shared else 0) + 6 + 3
-    for path in ("features", "fold"):
-        assert found[path].keys() == found["weights"].keys()
-        for name, expected in found["weights"].items():
-            assert (found[path][name] - expected).norm() <= 1e-10 * expected.norm(), (path, name)
+    assert found["fold"].keys() == found["weights"].keys()
+    for name, expected in found["weights"].items():
+        assert (found["fold"][name] - expected).norm() <= 1e-10 * expected.norm(), name
 
 
 def test_auto_takes_the_path_with_fewer_multiply_adds():
     """B E A costs as much for a query as for a column of the folded generator; there are m + 1 columns."""
     module = LORSA(8, SHAPES, 2, num_layers=2, rank=2)
     assert [module.chosen_path(n) for n in (1, 9, 10, 5000)] == ["weights", "weights", "fold", "fold"]
-    assert LORSA(8, SHAPES, 2, num_layers=2, path="features").chosen_path(5000) == "features"
+    assert LORSA(8, SHAPES, 2, num_layers=2, path="weights").chosen_path(5000) == "weights"
 
 
 def test_fold_keeps_neither_the_folded_generator_nor_split_weights():
@@ -108,30 +106,6 @@ def test_fold_keeps_neither_the_folded_generator_nor_split_weights():
     own = {p.untyped_storage().data_ptr() for p in [*module.parameters(), q]}
     assert all(t.untyped_storage().data_ptr() in own for t in kept if t.numel())
     assert all(w.is_contiguous() for w in weights)
-
-
-@pytest.mark.parametrize("groups", [[1, 2, 3], [0, 2, 1]])
-def test_serving_equals_and_leaves_the_weights_alone(groups):
-    module, q = lorsa(groups=groups).eval(), torch.randn(7, 8, dtype=torch.float64)
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    expected = [module(q, i) for i in range(3)]
-    module.serve()
-    for i in range(3):
-        for served, weight in zip(module(q, i), expected[i], strict=True):
-            assert not served.requires_grad and torch.allclose(served, weight, atol=1e-11)
-    after = module.train().state_dict()
-    assert module.folded is None and after.keys() == before.keys()
-    assert all(torch.equal(after[k], before[k]) for k in before)
-
-
-def test_what_is_served_never_outlives_a_change_of_weights():
-    module = lorsa().eval()
-    changes = (lambda: module.load_state_dict(lorsa().state_dict()), lambda: module.float(), module.train)
-    for change in changes:
-        module.serve()
-        assert module.folded is not None
-        change()
-        assert module.folded is None
 
 
 def test_a_layer_without_groups_is_the_shared_generator():
@@ -179,7 +153,7 @@ def test_parameter_count_is_the_papers():
         (dict(rank=0), "rank must be 1 or more, got 0"),
         (dict(rank=-1), "rank must be 1 or more, got -1"),
         (dict(shared_init="ones"), "shared_init must be one of zeros, kaiming, got 'ones'"),
-        (dict(path="fast"), "path must be one of auto, weights, features, fold, got 'fast'"),
+        (dict(path="fast"), "path must be one of auto, weights, fold, got 'fast'"),
         (dict(groups=[1, 1, 0], shared=False), "groups is 0 for stage 2 while shared is off"),
     ],
 )

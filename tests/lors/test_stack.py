@@ -616,12 +616,6 @@ def test_refuses_to_fold_what_is_not_there_or_not_whole():
     assert hasattr(model.blocks[0].attn.qkv, "weight_lorst")
 
 
-def test_a_computed_weight_cannot_be_assigned():
-    model = shared_vit()
-    with pytest.raises(KeyError, match="attribute 'weight' already exists"):
-        model.blocks[0].attn.qkv.weight = nn.Parameter(torch.zeros(72, 24))
-
-
 def test_file_imports_nothing_but_torch():
     """Beside the standard library and this folder."""
     found = set()

@@ -58,17 +58,6 @@ def test_auto_takes_the_path_with_fewer_multiply_adds():
     assert LORST(6, 5, num_layers=2, path="features").chosen_path(1000) == "features"
 
 
-def test_serving_equals_and_leaves_the_weights_alone():
-    lorst = randomise(LORST(6, 5, num_layers=3, rank=2, groups=[0, 2, 3])).eval()
-    x = torch.randn(4, 6, dtype=torch.float64)
-    before, expected = {k: v.clone() for k, v in lorst.state_dict().items()}, [lorst(x, i) for i in range(3)]
-    lorst.serve()
-    for i in range(3):
-        assert not lorst(x, i).requires_grad and torch.allclose(lorst(x, i), expected[i], atol=1e-12)
-    after = lorst.train().state_dict()
-    assert lorst.folded is None and all(torch.equal(after[k], before[k]) for k in before)
-
-
 def test_a_layer_without_groups_is_the_shared_weight():
     lorst = randomise(LORST(6, 5, num_layers=2, rank=2, groups=[0, 1]))
     x = torch.randn(4, 6, dtype=torch.float64)

@@ -68,7 +68,6 @@ VARIANTS = {
     "plain 2x64": Variant(lors=False),
     "LORS": Variant(),
     "LORS, weights": by_path("weights", "features"),
-    "LORS, features": by_path("features", "features"),
     "LORS, fold": by_path("fold", "fold"),
     "LORS, served folded": Variant(served=True),
     "naive plain 2x64": Variant(lors=False, naive=True),
