@@ -85,8 +85,6 @@ class Inferencer(DetInferencer):
         super().__init__(
             model=config,
             weights=str(checkpoint),
-            device=_usable(device),
-            scope=config.get("default_scope") or "mmdet",
             device=None if device is None else str(usable(device)),
             scope=config.get("default_scope") or "mmdet",
             palette=palette,
