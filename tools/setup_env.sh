@@ -17,8 +17,8 @@
 #   MAX_JOBS, CFLAGS    parallel compilers (default: one per core, and per 2 GB of memory); their flags (default: -O1 -g0)
 set -euo pipefail
 
-if [[ $(uname -s) != Linux ]]; then
-  echo "setup: this script needs Linux; docs/compatibility.md says what to install on $(uname -s)" >&2
+if [[ $OSTYPE != linux* ]]; then
+  echo "setup: this script needs Linux; docs/compatibility.md says what to install on $OSTYPE" >&2
   exit 1
 fi
 
