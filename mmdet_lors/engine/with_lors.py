@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from mmdet.registry import MODELS
@@ -48,7 +48,8 @@ def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
             raise UserError(f"stacks[{i}].{error}") from error
         _log({f"stacks[{i}] {name}": errors for name, errors in report.items()})
     if hasattr(built, "init_weights"):
-        built.init_weights = MethodType(_init_weights, built)
+        # Not a bound method, which is pickled by a name that the model does not have.
+        built.init_weights = partial(_init_weights, built)
     return built
 
 

@@ -115,7 +115,8 @@ def _attach(module: nn.Module, name: str, weight: StackedWeight) -> None:
 def _detach(module: nn.Module, name: str) -> None:
     """Store ``module.<name>`` again: an ordinary parameter with the value that it has now."""
     weight: StackedWeight = getattr(module, name + _SUFFIX)
-    value = nn.Parameter(weight().clone(), requires_grad=weight.first.shared.requires_grad)
+    trained = weight.first.shared if weight.private is None else weight.private.B
+    value = nn.Parameter(weight().clone(), requires_grad=trained.requires_grad)
     delattr(module, name + _SUFFIX)
     _set_names(module, tuple(n for n in _names(module) if n != name))
     # Before the bias, as in a module that was never shared.
@@ -168,6 +169,11 @@ def _find(field: str, pattern: str, index: int, layer: nn.Module) -> list[str]:
     if names := [name for name in sharable if _matches(name, pattern)]:
         return names
     there = [f"{name} is a {type(m).__name__}" for name, m in layer.named_modules() if name and _matches(name, pattern)]
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and _matches(name, pattern):
+            raise ValueError(
+                f"{field}: layer {index}'s {name}: its weight is computed already, by {type(module).__name__}"
+            )
     there += [f"{name} is a parameter" for name, _ in layer.named_parameters() if _matches(name, pattern)]
     if there:
         raise ValueError(f"{field}: layer {index}'s {there[0]}, neither an nn.Linear nor an attention's in-projection")
@@ -250,6 +256,9 @@ def _check_weights(name: str, weights: Mapping[int, Tensor]) -> None:
                 raise ValueError(f"layers: layer {i}'s {name} has {what} {ours}, layer {first}'s has {theirs}")
         if (j := seen.setdefault(id(weight), i)) != i:
             raise ValueError(f"layers: layer {i}'s {name} is layer {j}'s own parameter")
+    for i, weight in weights.items():
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+            raise ValueError(f"targets: layer {i}'s {name} has hooks of its own, which a shared weight cannot keep")
 
 
 def share_stack(
@@ -418,6 +427,7 @@ def plain_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError
     for place in (place for places in stacks for place in places):
         _detach(place.module, place.name)
     before = [[getattr(p.module, p.name).detach().clone() for p in places] for places in stacks]
+    switches = [_switches(places) for places in stacks]
     report: dict[str, list[FitError]] = {}
     try:
         yield report
@@ -428,8 +438,19 @@ def plain_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError
                 if errors:
                     report[places[0].path] = errors
     finally:
-        for place in (place for places in stacks for place in places):
-            _attach(place.module, place.name, place.weight)
+        for places, old in zip(stacks, switches, strict=True):
+            if (now := _switches(places)) != old:
+                places[0].weight.first.shared.requires_grad_(any(now))
+                for place, trained in zip(places, now, strict=True):
+                    if place.weight.private is not None:
+                        place.weight.private.requires_grad_(trained)
+            for place in places:
+                _attach(place.module, place.name, place.weight)
+
+
+def _switches(places: Sequence[_Place]) -> list[bool]:
+    """Which of these plain weights want a gradient."""
+    return [getattr(place.module, place.name).requires_grad for place in places]
 
 
 @torch.no_grad()

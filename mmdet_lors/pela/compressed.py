@@ -9,7 +9,8 @@ from torch import nn
 
 from mmdet_lors.errors import UserError
 
-from .low_rank import OMIT, compress
+from .choice import OMIT
+from .compression import compress
 
 
 @MODELS.register_module(name="PELAModel")

@@ -12,8 +12,9 @@ from mmdet_lors.classification.pretrained import read_weights
 from mmdet_lors.engine.checkpoint import check_fit
 from mmdet_lors.errors import UserError
 
+from .choice import OMIT
 from .compressed import build_compressed
-from .low_rank import OMIT, LowRankLinear
+from .low_rank import LowRankLinear
 from .tokens import BLOCKS, block_names, record_tokens
 
 

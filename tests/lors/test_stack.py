@@ -568,7 +568,10 @@ def parametrised() -> list[nn.Module]:
             r"targets\[0\] '\*weight': layer 1 has 0.weight, layer 0 has not",
         ),
         (dict(layers=already()), "targets: layer 1's attn.qkv.weight is shared already"),
-        (dict(layers=parametrised(), targets="mlp.fc1"), r"targets\[0\] 'mlp.fc1': layer 1's mlp.fc1 is a "),
+        (
+            dict(layers=parametrised(), targets="mlp.fc1"),
+            r"targets\[0\] 'mlp.fc1': layer 1's mlp.fc1: its weight is computed already, by ParametrizedLinear",
+        ),
         (dict(targets=[]), "targets must be one or more names"),
         (dict(targets=7), "targets must be one or more names, got 7"),
         (dict(targets=["attn.qkv", 7]), r"targets\[1\] must be a name or pattern, got 7"),

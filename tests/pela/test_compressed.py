@@ -12,8 +12,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 from mmdet_lors.errors import UserError
-from mmdet_lors.pela import LowRankLinear, ViTPyramid, compress
-from mmdet_lors.pela.low_rank import OMIT
+from mmdet_lors.pela import OMIT, LowRankLinear, ViTPyramid, compress
 
 SWIN = dict(
     type="SwinTransformer", embed_dims=12, depths=[1, 2, 1, 1], num_heads=[2, 2, 4, 4], window_size=4, mlp_ratio=2
