@@ -167,10 +167,15 @@ def _uint8(array: np.ndarray, name: str) -> np.ndarray:
                 f"scale it to 8 bits first, for example with (values >> {max(bits - 8, 0)}).astype('uint8')"
             )
         return (array >> 8).astype(np.uint8)
-    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255 or (array % 1).any() or 0 < high <= 1:
+    if 0 < high <= 1 and low >= 0:
         raise UserError(
-            f"{name} has values from {low:g} to {high:g} that are not whole numbers from 0 to 255; convert it to uint8 "
-            f"first" + (", for example with (values * 255).round().astype('uint8')" if low >= 0 and high <= 1 else "")
+            f"{name} has values from {low:g} to {high:g}, not 0 to 255; convert it to uint8 first, for example with "
+            "(values * 255).round().astype('uint8')"
+        )
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255 or (array % 1).any():
+        raise UserError(
+            f"{name} has values from {low:g} to {high:g}, which are not whole numbers from 0 to 255; convert it to "
+            "uint8 first"
         )
     return array.astype(np.uint8)
 
