@@ -12,8 +12,10 @@ from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device
+from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 
@@ -56,7 +58,7 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
     if "visualization" not in cfg.default_hooks:
         raise UserError("--show and --show-dir draw boxes: this config has no default_hooks.visualization")
     folder = args.show_dir
-    if cfg.default_hooks.visualization.type == "SegVisualizationHook":
+    if type_name(cfg.default_hooks.visualization.type) == "SegVisualizationHook":
         folder = folder and str(Path(cfg.work_dir, folder).absolute())
     else:
         cfg.visualizer = dict(cfg.visualizer, type="DetectionVisualizer")
@@ -80,8 +82,8 @@ def augment(cfg: Config) -> None:
         raise UserError("--tta flips images and merges boxes: this config's test data set has no pipeline")
     if "tta_pipeline" not in cfg:
         steps = list(cfg.test_dataloader.dataset.pipeline)
-        load, resize = steps[:1], [s for s in steps[1:] if s["type"] == "Resize"]
-        annotate = [s for s in steps if s["type"] == "LoadAnnotations"]
+        load, resize = steps[:1], [s for s in steps[1:] if type_name(s["type"]) == "Resize"]
+        annotate = [s for s in steps if type_name(s["type"]) == "LoadAnnotations"]
         pack = dict(steps[-1])
         pack["meta_keys"] = (*pack["meta_keys"], "flip", "flip_direction")
         flips = [dict(type="RandomFlip", prob=p) for p in (1.0, 0.0)]
@@ -102,6 +104,7 @@ def main() -> None:
     if args.out and not args.out.endswith((".pkl", ".pickle")):
         raise UserError(f"--out {args.out}: the name must end in .pkl or .pickle")
     if is_first_process():
+        check_config(cfg, ("test",))
         check_inputs(cfg, ("test",))
         check_fit(build_without_weights(cfg.model), read_checkpoint(args.checkpoint), args.checkpoint)
     cfg.load_from = args.checkpoint

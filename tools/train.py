@@ -12,6 +12,7 @@ from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
 from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device
 from mmdet_lors.engine.resume import choose_start, faults_in_one_line, how_to_go_on, make_resumable
@@ -69,6 +70,8 @@ def train(args: argparse.Namespace) -> None:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise UserError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
         cfg.auto_scale_lr.enable = True
+    if is_first_process():
+        check_config(cfg, ("train", "val", "test"))
     make_resumable(cfg)
     use_evaluated_data_hook(cfg)
 

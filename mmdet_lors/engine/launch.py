@@ -18,8 +18,10 @@ from mmengine.registry import init_default_scope
 from mmdet_lors.errors import UserError
 
 from .build import one_at_a_time
+from .config_check import check_options
 from .machine import use_start_method
 from .network import let_gloo_find_its_interface
+from .new_style import classic
 from .restarts import restarted_store
 
 
@@ -65,27 +67,37 @@ def load_config(
     """
     if not Path(path).is_file():
         raise UserError(f"config {path} does not exist")
+    register_all_modules(init_default_scope=False)
     try:
-        cfg = Config.fromfile(path)
+        cfg = classic(Config.fromfile(path))
     except (SyntaxError, OSError, KeyError, TypeError, NameError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error
     except ImportError as error:
         extra = "; pip install -e .[seg]" if "mmsegmentation" in str(error) else ""
         raise UserError(f"config {path} needs what is not there: {error}{extra}") from error
     if options:
+        check_options(options, cfg, str(path))
         try:
             cfg.merge_from_dict(options)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise UserError(f"--cfg-options does not fit config {path}: {error.args[0]}") from error
+    for split in ("train", "val", "test"):
+        _settle_workers(cfg.get(f"{split}_dataloader"))
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(path).stem)
-    register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get("default_scope", "mmdet"))
     setup_cache_size_limit_of_dynamo()
     use_start_method(cfg)
     if not torch.cuda.is_available() or get_device() == "cpu":
         _prepare_cpu(cfg)
     return cfg
+
+
+def _settle_workers(loader: dict | None) -> None:
+    """Leave out what torch takes for worker processes only, where there are none."""
+    if loader and not loader.get("num_workers"):
+        for field in ("persistent_workers", "prefetch_factor", "multiprocessing_context"):
+            loader.pop(field, None)
 
 
 def _prepare_cpu(cfg: Config) -> None:

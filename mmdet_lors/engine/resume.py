@@ -11,6 +11,8 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, init_dist, is_distributed
+from mmengine.registry import LOOPS
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mmdet_lors.errors import UserError
@@ -21,15 +23,19 @@ from .reliable_checkpoint import STOPPED
 from .restarts import restarted_store, restarts
 from .seal import damage, saved_at
 
-LOOPS = dict(EpochBasedTrainLoop="ResumableEpochLoop", IterBasedTrainLoop="ResumableIterLoop")
+RESUMABLE = {EpochBasedTrainLoop: "ResumableEpochLoop", IterBasedTrainLoop: "ResumableIterLoop"}
 
 
 def make_resumable(cfg: Config) -> None:
     """Give a config the loops and data workers that a run needs to be interrupted anywhere."""
     loop = cfg.train_cfg
+    if not isinstance(loop, dict):
+        return
     if "by_epoch" in loop:
         loop.type = "EpochBasedTrainLoop" if loop.pop("by_epoch") else "IterBasedTrainLoop"
-    loop.type = LOOPS.get(loop.type, loop.type)
+    with LOOPS.switch_scope_and_registry(None) as registry:
+        kind = registry.get(loop.type) if isinstance(loop.type, str) else loop.type
+    loop.type = RESUMABLE.get(kind, loop.type)
     for name in ("train_dataloader", "val_dataloader"):
         loader = cfg.get(name)
         if loader and "disable_subprocess_warning" not in loader:

@@ -24,6 +24,7 @@ from mmdet_lors.engine.build import build_without_weights, one_at_a_time
 from mmdet_lors.engine.drawing import DRAWING, DetectionVisualizer
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import usable
+from mmdet_lors.engine.new_style import classic
 from mmdet_lors.engine.output_names import OutputNames, as_picture, below, common_folder
 from mmdet_lors.engine.trained import read_weights
 from mmdet_lors.errors import UserError
@@ -79,8 +80,7 @@ class Inferencer(DetInferencer):
         self._names = OutputNames()
         self._named: dict[tuple[str, str, str], Path] = {}
         self._common: str | None = None
-        if not isinstance(config, Config):
-            config = load_config(config)
+        config = classic(config) if isinstance(config, Config) else load_config(config)
         _check_config(config)
         super().__init__(
             model=config,

@@ -1,0 +1,31 @@
+# What configs in mmengine's new style share: default_runtime.py with classes instead of names.
+from mmdet.engine.hooks import DetVisualizationHook
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.runner import LogProcessor
+from mmengine.visualization import LocalVisBackend
+
+from mmdet_lors.engine.hooks import ServeFoldedHook
+from mmdet_lors.engine.non_finite import StopOnNonFiniteHook
+from mmdet_lors.engine.reliable_checkpoint import ReliableCheckpointHook
+
+default_scope = None
+default_hooks = dict(
+    timer=dict(type=IterTimerHook),
+    logger=dict(type=LoggerHook, interval=50),
+    param_scheduler=dict(type=ParamSchedulerHook),
+    checkpoint=dict(type=ReliableCheckpointHook, interval=1, max_keep_ckpts=3, save_best="coco/bbox_mAP"),
+    sampler_seed=dict(type=DistSamplerSeedHook),
+    visualization=dict(type=DetVisualizationHook),
+)
+custom_hooks = [dict(type=ServeFoldedHook), dict(type=StopOnNonFiniteHook)]
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
+    dist_cfg=dict(backend="nccl"),
+)
+visualizer = dict(type=DetLocalVisualizer, vis_backends=[dict(type=LocalVisBackend)], name="visualizer")
+log_processor = dict(type=LogProcessor, window_size=50, by_epoch=True)
+log_level = "INFO"
+load_from = None
+resume = False

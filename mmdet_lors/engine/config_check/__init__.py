@@ -1,0 +1,6 @@
+"""Every part of a config against what is built of it, before a run reads data or writes anything."""
+
+from .check import check_config
+from .top_level import check_options
+
+__all__ = ["check_config", "check_options"]
