@@ -98,8 +98,8 @@ class Inferencer(DetInferencer):
 
     @property
     def frame(self) -> str | None:
-        """'stored' for a config that loads pictures unturned; None: boxes are in the frame in which one is shown."""
-        return None if self.reader.turns else STORED
+        """In which frame the config states that boxes are, 'shown' or 'stored'; None: shown, and nothing is stated."""
+        return self.cfg.test_dataloader.dataset.get("exif") if self.reader.turns else STORED
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_lock"}

@@ -11,10 +11,13 @@ import pytest
 import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_config, load_tool, random_lors, refused
 from mmdet.apis import DetInferencer
+from PIL import Image
 from pycocotools.coco import COCO
 
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
+from mmdet_lors.inference.results import CocoIds
+from mmdet_lors.inference.sources import find_sources, picture_paths
 
 CONFIG = str(ROOT / LORS_DIGITS)
 CLASSES = tuple("0123456789")
@@ -153,6 +156,95 @@ def test_without_annotations_ids_are_counted(infer, checkpoint, images, tmp_path
     assert "ids are counted from 1" in printed
     assert {row["image_id"] for row in json.loads(coco.read_text())} == {1, 2}
     assert not (tmp_path / "out").exists()
+
+
+def annotations(tmp_path, names: list[str], categories=("a", "b"), size=(96, 96)) -> Path:
+    """An annotation file of these images, with ids from 11 on."""
+    content = dict(
+        images=[dict(id=i, file_name=name, width=size[0], height=size[1]) for i, name in enumerate(names, start=11)],
+        categories=[dict(id=i, name=name) for i, name in enumerate(categories, start=5)],
+        annotations=[],
+    )
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "images", "ids"),
+    [
+        (["cam1/0.png", "cam2/0.png"], ["data/cam2/0.png", "data/cam1/0.png"], [12, 11]),
+        (["cam1/0.png", "cam2/0.png"], ["data/cam2/0.png"], [12]),
+        (["0.png", "cam1/0.png"], ["data/0.png", "data/cam1/0.png"], [11, 12]),
+        (["./cam1/0.png"], ["data/cam1/../cam1/0.png"], [11]),
+        (["cafe\u0301.png"], ["data/caf\u00e9.png"], [11]),
+        (["train/0.png", "val/1.png"], ["elsewhere/val/1.png", "train/0.png"], [12, 11]),
+    ],
+)
+def test_an_image_is_found_by_the_end_of_its_path(names, images, ids, tmp_path):
+    found = CocoIds.from_annotations(annotations(tmp_path, names), images, ("a", "b"))
+    assert [found.images[image] for image in images] == ids
+
+
+def test_categories_are_found_by_name_in_any_order(tmp_path):
+    path = annotations(tmp_path, ["0.png"], categories=("c", "b", "a"))
+    assert CocoIds.from_annotations(path, ["0.png"], ("a", "b")).categories == [7, 6]
+    with pytest.raises(UserError, match=r"has no category 'd' of the checkpoint's 2 classes; it has 'c', 'b', 'a'"):
+        CocoIds.from_annotations(path, ["0.png"], ("a", "d"))
+
+
+@pytest.mark.parametrize(
+    ("names", "images", "message"),
+    [
+        (["0.png", "cam1/0.png"], ["data/cam1/0.png"], r"may be .*'(cam1/)?0.png' \(id 1[12]\) or '(cam1/)?0.png'"),
+        (["0.png", "0.png"], ["0.png"], r"may be '0.png' \(id 11\) or '0.png' \(id 12\)"),
+        (["0.png"], ["a/0.png", "b/0.png"], "images a/0.png and b/0.png are both '0.png'"),
+        (["cam2/0.png"], ["cam1/0.png"], "is the end of cam1/0.png; it has 'cam2/0.png', whose folder is another"),
+        (["1.png"], ["0.png"], "has no image whose file_name is the end of 0.png"),
+    ],
+)
+def test_images_that_cannot_be_told_apart_are_refused(names, images, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        CocoIds.from_annotations(annotations(tmp_path, names), images, ("a",))
+
+
+@pytest.mark.parametrize(("orientation", "said"), [(6, (96, 64)), (3, (96, 64)), (None, (95, 64))])
+def test_annotations_of_another_frame_or_size_are_refused(orientation, said, checkpoint, tmp_path, monkeypatch, capsys):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.new("RGB", (96, 64)).save(tmp_path / "0.jpg", exif=exif)
+    path = annotations(tmp_path, ["0.jpg"], categories=CLASSES, size=said)
+    options = ["--device", "cpu", "--no-pictures", "--coco", str(tmp_path / "r.json"), "--ann-file", str(path)]
+    message = refused("infer.py", [str(tmp_path / "0.jpg"), CONFIG, checkpoint, *options], monkeypatch, capsys)
+    assert ("EXIF orientation" if orientation else "has 96 x 64 pixels, but its annotation says 95 x 64") in message
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_annotations_of_the_shown_frame_are_taken(infer, checkpoint, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 64)).save(tmp_path / "0.jpg", exif=exif)
+    path = annotations(tmp_path, ["0.jpg"], categories=CLASSES, size=(64, 96))
+    options = ("--coco", tmp_path / "r.json", "--ann-file", path, "--json", "--out", tmp_path / "out")
+    infer(tmp_path / "0.jpg", CONFIG, checkpoint, *options)
+    (row,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert (row["width"], row["height"]) == (64, 96)
+    assert mmcv.imread(str(tmp_path / "out" / "0.jpg")).shape == (480, 320, 3)
+    assert len(json.loads((tmp_path / "r.json").read_text())) == 20
+
+
+def test_every_image_has_a_picture_of_its_own(tmp_path):
+    names = ["a.bmp", "a.bmp.png", "B.png", "b.png", "x" * 250 + ".png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    images, _ = find_sources([str(tmp_path), str(tmp_path / "." / "b.png")])
+    assert len(images) == len(names)
+    pictures = [path.name for path in picture_paths(images, tmp_path / "out").values()]
+    assert {"B.png", "a.bmp.png", "a.bmp-2.png", "b-2.png"} < set(pictures)
+    assert len({name.casefold() for name in pictures}) == len(names) and max(map(len, pictures)) <= 200
+    with pytest.raises(UserError, match="would overwrite"):  # a.bmp's picture would be another image
+        picture_paths([str(tmp_path / "a.bmp"), str(tmp_path / "a.bmp.png")], tmp_path)
 
 
 def test_images_of_one_name_in_two_folders_keep_both_pictures(infer, checkpoint, images, tmp_path):
