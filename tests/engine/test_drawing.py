@@ -15,7 +15,7 @@ from mmengine.structures import InstanceData
 
 from mmdet_lors.engine.drawing import DetectionVisualizer
 
-PRIVATE = "\ue123\ue124"
+PRIVATE = "\U0010fff0\U0010fff1"
 """Letters for private use, which no font of a system has."""
 
 
