@@ -309,7 +309,7 @@ def test_the_tools_train_and_evaluate(name, ade20k, tmp_path, monkeypatch):
     if name == SWIN:
         call("test.py", monkeypatch, config, str(tmp_path / "iter_2.pth"), "--tta", *work, *options(ade20k, name))
     assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["mIoU"] <= 100
-    assert (tmp_path / "raw.pkl").is_file() and len(list(tmp_path.glob("pictures/**/*.png"))) == 2
+    assert (tmp_path / "raw.pkl").is_file() and len(list(tmp_path.glob("pictures/**/*.jpg"))) == 2
 
 
 @needs_mmseg
