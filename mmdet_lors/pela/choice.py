@@ -105,6 +105,8 @@ def _not_linear(model: nn.Module) -> list[str]:
     """Layers that hold matrices and are no Linear, by kind, the largest kind first."""
     found: dict[str, dict[nn.Module, list[str]]] = defaultdict(dict)
     for name, module in model.named_modules():
+        if ".parametrizations" in f".{name}":
+            continue
         own = [p for p in module._parameters.values() if p is not None and (nn.parameter.is_lazy(p) or p.dim() > 1)]
         # What is quantised has its weight in no parameter.
         if not isinstance(module, nn.Linear) and (own or callable(getattr(module, "weight", None))):
