@@ -108,7 +108,7 @@ def compare(metric: BaseMetric, dataset: Any, evaluator: str, loader: str) -> No
     pair = f"{evaluator} judges by {name}, but {loader} loads {', '.join(map(str, files))}"
     of_files = all(isinstance(leaf, CocoDataset) and leaf.ann_file for leaf in leaves)
     if of_files:
-        check_same_files(truth.dataset, name, files, pair, "segm" in getattr(metric, "metrics", ()))
+        check_same_files(truth.dataset, name, files, pair, "segm" in getattr(metric, "metrics", ()), ordered=False)
     if isinstance(metric, CocoMetric):
         check_classwise(type(metric), metric.classwise, truth.dataset["categories"], evaluator)
         for leaf in leaves if of_files else ():
@@ -152,7 +152,9 @@ def check_classwise(kind: type, classwise: bool, categories: list[dict], evaluat
         )
 
 
-def check_same_files(truth: dict, name: str, files: Sequence[str], pair: str, masks: bool = False) -> None:
+def check_same_files(
+    truth: dict, name: str, files: Sequence[str], pair: str, masks: bool = False, ordered: bool = True
+) -> None:
     """Refuse an evaluator's file that has not the content of the data set's files.
 
     Args:
@@ -161,6 +163,7 @@ def check_same_files(truth: dict, name: str, files: Sequence[str], pair: str, ma
         files: those of the data sets that are evaluated together.
         pair: beginning of the message, with both names.
         masks: whether masks are evaluated.
+        ordered: whether categories must have the same order, too.
 
     Raises:
         UserError: the first difference, or two data sets that have an image id in common.
@@ -177,11 +180,11 @@ def check_same_files(truth: dict, name: str, files: Sequence[str], pair: str, ma
                 "give their images different ids"
             )
         owners.update(dict.fromkeys((row["id"] for row in content["images"]), file))
-    if difference := _difference(truth, contents, FIELDS + (("segmentation",) if masks else ())):
+    if difference := _difference(truth, contents, FIELDS + (("segmentation",) if masks else ()), ordered):
         raise UserError(f"{pair}: {difference}")
 
 
-def _difference(truth: dict, contents: list[dict], fields: Sequence[str]) -> str | None:
+def _difference(truth: dict, contents: list[dict], fields: Sequence[str], ordered: bool) -> str | None:
     theirs, ours = _names(truth["images"]), _names(chain.from_iterable(c["images"] for c in contents))
     if len(theirs) != len(ours):
         return f"it has {len(theirs)} images there and {len(ours)} here; both must be one data set"
@@ -190,7 +193,7 @@ def _difference(truth: dict, contents: list[dict], fields: Sequence[str]) -> str
             there = f"is {theirs[image]!r}" if image in theirs else "is not"
             return f"image id {image} {there} there and {file!r} here; both must be one data set"
     for content in contents:
-        for there, here in zip(*(_sorted_categories(c) for c in (truth, content)), strict=False):
+        for there, here in zip(*(_categories(c, ordered) for c in (truth, content)), strict=False):
             if there != here:
                 return f"category id {there[0]} is {there[1]!r} there, and here id {here[0]} is {here[1]!r}"
         if len(truth["categories"]) != len(content["categories"]):
@@ -211,8 +214,9 @@ def _names(images: Iterable[dict]) -> dict[int, str]:
     return {row["id"]: row.get("file_name", "") for row in images}
 
 
-def _sorted_categories(content: dict) -> list[tuple[int, str]]:
-    return [(row["id"], row["name"]) for row in content["categories"]]
+def _categories(content: dict, ordered: bool) -> list[tuple[int, str]]:
+    pairs = [(row["id"], row["name"]) for row in content["categories"]]
+    return pairs if ordered else sorted(pairs)
 
 
 def _columns(rows: list[dict], fields: Sequence[str]) -> list[list]:

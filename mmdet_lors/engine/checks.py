@@ -232,7 +232,7 @@ def _check_evaluator(evaluator: dict, datasets: list[dict], where: str, loader: 
     files = [str(Path(data.get("data_root") or "") / data["ann_file"]) for data in datasets if data.get("ann_file")]
     if len(files) == len(datasets):
         pair = f"{where} judges by {path}, but {loader} loads {', '.join(files)}"
-        check_same_files(file.content, path, files, pair, masks)
+        check_same_files(file.content, path, files, pair, masks, not evaluator.get("sort_categories"))
 
 
 def _evaluators(evaluator: dict | list | None) -> list[dict]:
