@@ -1,7 +1,6 @@
 """Detect objects in images, a folder of images, or a video, and write pictures, JSON or COCO results."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mmdet_lors.inference import Inferencer
 from mmdet_lors.inference.results import CocoIds, boxes
 from mmdet_lors.inference.sources import check_not_input, find_sources, picture_paths
 from mmdet_lors.inference.video import VideoFile, open_video
+from mmdet_lors.valid_json import to_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,7 +94,7 @@ def run_images(
         raise UserError(f"none of the {len(images)} inputs can be read as an image")
     written = [] if args.no_pictures else [f"pictures in {args.out}"]
     if ids:
-        args.coco.write_text(json.dumps(results) + "\n")
+        args.coco.write_text(to_json(results) + "\n")
         written.append(str(args.coco))
     return summary(args, found, "images", written)
 
@@ -130,7 +130,7 @@ def summary(args: argparse.Namespace, found: list[dict], what: str, written: lis
     if args.json:
         file = args.out / "predictions.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(to_json(found, indent=1) + "\n")
         written = [*written, str(file)]
     count = sum(len(row["boxes"]) for row in found)
     return [f"{len(found)} {what}, {count} boxes with a score above {args.score_thr:g}", *written]

@@ -18,6 +18,7 @@ from typing import TypeVar
 from mmengine.config import Config
 
 from mmdet_lors.errors import UserError
+from mmdet_lors.valid_json import to_json
 
 ROOT = Path(__file__).parents[2]
 Run = TypeVar("Run")
@@ -68,7 +69,7 @@ def once(folder: Path, work: Callable[[], dict]) -> dict:
         return json.loads(result.read_text())
     folder.mkdir(parents=True, exist_ok=True)
     outcome = work()
-    result.write_text(json.dumps(outcome) + "\n")
+    result.write_text(to_json(outcome) + "\n")
     return outcome
 
 

@@ -37,6 +37,7 @@ from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.serving import serve
+from mmdet_lors.valid_json import to_json
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
@@ -437,7 +438,7 @@ def main() -> None:
         else:
             lines += SECTIONS[section](args, results)
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(to_json(results, indent=1) + "\n")
     if args.out:
         before = args.out.read_text() + "\n" if args.append and args.out.is_file() else "# Benchmark of the decoder\n\n"
         args.out.write_text(before + "\n".join(lines).rstrip() + "\n")

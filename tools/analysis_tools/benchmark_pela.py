@@ -6,7 +6,6 @@ are a hard case: their singular values fall slowly, so that much is cut off and 
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 from mmdet_lors.pela import OMIT, LowRankLinear, compress
 from mmdet_lors.pela.low_rank import best_factors
+from mmdet_lors.valid_json import to_json
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def main() -> None:
     if args.json:
         plain = {k: asdict(v) if isinstance(v, Pair) else v for k, v in result.items()}
         plain["factorisation"] = {k: asdict(v) for k, v in result["factorisation"].items()}
-        args.json.write_text(json.dumps(plain, indent=1) + "\n")
+        args.json.write_text(to_json(plain, indent=1) + "\n")
 
 
 if __name__ == "__main__":

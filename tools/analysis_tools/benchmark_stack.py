@@ -8,7 +8,6 @@ The allocation is the paper's (rank 32, groups 1 1 1 1 1 1 1 1 1 2 4 6 in attent
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from mmdet_lors.analysis.timing import interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import share_stack
+from mmdet_lors.valid_json import to_json
 
 CLASSES = 100
 ATTENTION, FFN = [1] * 9 + [2, 4, 6], [6, 4, 2] + [1] * 9
@@ -106,7 +106,7 @@ def main() -> None:
         settings = {name: getattr(args, name) for name in ("batch", "size", "patch", "turns", "steps", "device")}
         settings["threads"] = torch.get_num_threads()
         args.json.write_text(
-            json.dumps(dict(settings, parameters=parameters, seconds=times, ratio=share), indent=2) + "\n"
+            to_json(dict(settings, parameters=parameters, seconds=times, ratio=share), indent=2) + "\n"
         )
     if args.max_ratio and share > args.max_ratio:
         raise UserError(f"LORST takes {share:.3f} x the time of plain, more than {args.max_ratio}")

@@ -7,7 +7,6 @@ folded: a plain decoder of the same groups and points, without anything more.
 
 import argparse
 import importlib
-import json
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
+from mmdet_lors.valid_json import to_json
 
 ROOT = Path(__file__).parents[2]
 TABLES = dict(lors="paper_tables", pela="pela_tables")
@@ -119,7 +119,7 @@ def main() -> None:
         console.print(table(path, report, served))
         found[path] = dict(report.as_dict(), folded=served and served.as_dict())
     if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        args.json.write_text(to_json(found, indent=2) + "\n")
     if args.paper:
         # Imported here: PELA's tables need packages that nothing else does.
         tables = importlib.import_module(f"mmdet_lors.analysis.{TABLES[args.paper]}")

@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def read_lines(path: Path) -> list[dict]:
             ) from error
         if not isinstance(entry, Mapping):
             raise UserError(f"log {path}, line {number}: not an object of keys and values")
-        found.append(dict(entry))
+        found.append({key: nan if value is None else value for key, value in entry.items()})
     return found
 
 

@@ -14,7 +14,6 @@ keeps per stage are not part of W_i.
 """
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST
 from mmdet_lors.lors.stack import StackedWeight
 from mmdet_lors.lors.static import LowRankResidual
+from mmdet_lors.valid_json import to_json
 
 ADAPTIVE_NAMES = ("M, channel mixing (LORSA)", "S, spatial mixing (LORSA)")
 """AdaMixer's two generated weights, in the order of LORSA's shapes."""
@@ -340,7 +340,7 @@ def main() -> None:
     out = console()
     out.print(table(found))
     if args.json:
-        args.json.write_text(json.dumps([report.as_dict() for report in found], indent=2) + "\n")
+        args.json.write_text(to_json([report.as_dict() for report in found], indent=2) + "\n")
         out.print(f"wrote {args.json}", soft_wrap=True)
     if args.out:
         save_figure(draw(found), args.out)

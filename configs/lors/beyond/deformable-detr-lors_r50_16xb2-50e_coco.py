@@ -16,3 +16,9 @@ model = dict(
         )
     ],
 )
+# Bad annotations and images are reported, as in our own configs.
+train_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
+val_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
+test_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))
+val_evaluator = dict(type="CheckedCocoMetric")
+test_evaluator = dict(type="CheckedCocoMetric")
