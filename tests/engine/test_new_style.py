@@ -1,6 +1,8 @@
 """mmengine's new-style configs are the classic ones that they stand for."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from mmdet.registry import MODELS, TRANSFORMS
 from mmengine.config import Config
 from torch import nn
 
+from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.new_style import classic, type_name
 
-NEW_STYLE = "configs/lors/adamixer-lors_r18_digits_new-style.py"
+NEW_STYLE = "configs/lors/adamixer_lors_r18_digits_new_style.py"
 
 
 def bare(node):
@@ -116,6 +119,17 @@ def trained(tiny_digits, tmp_path_factory):
         "train_cfg.update(max_epochs=1, val_interval=1)\n"
     )
     return config, folder / "work"
+
+
+def test_the_recipe_of_the_documentation(trained):
+    config, _ = trained
+    [code] = re.findall(r"```python\n(from mmengine.config.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    recipe = config.with_name("recipe.py")
+    recipe.write_text(code.replace(f".{Path(NEW_STYLE).stem}", ".base"))
+    cfg = load_config(recipe)
+    check_config(cfg, ("train", "val", "test"))
+    assert cfg.optim_wrapper.optimizer == dict(type="SGD", lr=0.01)
+    assert cfg.model.decoder.lors.static.rank == 4 and MODELS.build(cfg.model).decoder.lorst is not None
 
 
 def test_every_step_of_a_users_way(trained, call_tool, capsys):

@@ -310,7 +310,7 @@ def _check_runtime(cfg: Config) -> None:
         for i, backend in enumerate(visualizer.get("vis_backends") or []):
             _node(backend, f"visualizer.vis_backends[{i}]", VISBACKENDS, supplied=("save_dir",))
     level = cfg.get("log_level", "INFO")
-    if isinstance(level, str) and not isinstance(logging.getLevelName(level.upper()), int):
+    if isinstance(level, str) and not isinstance(getattr(logging, level.upper(), None), int):
         raise UserError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got {level!r}")
     _node(cfg.get("log_processor"), "log_processor", LOG_PROCESSORS, "LogProcessor")
     if isinstance(cfg.get("randomness"), dict):
