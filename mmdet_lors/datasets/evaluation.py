@@ -27,9 +27,9 @@ FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd")
 
 def use_evaluated_data_hook(cfg: Config) -> None:
     """Give a config the hook below, if it does not have it by its runtime."""
-    hooks = cfg.setdefault("default_hooks", {})
+    hooks = cfg.get("default_hooks") or {}
     if not any("EvaluatedDataHook" in str((hook or {}).get("type")) for hook in hooks.values()):
-        hooks["evaluated_data"] = dict(type="EvaluatedDataHook")
+        cfg.default_hooks = dict(hooks, evaluated_data=dict(type="EvaluatedDataHook"))
 
 
 @HOOKS.register_module()
