@@ -76,8 +76,8 @@ def choose(model: nn.Module, omit: Sequence[str]) -> dict[nn.Linear, list[str]]:
         _warn(f"{names[linear][0]} is left whole: {reason}")
     if chosen:
         return chosen
-    others = _not_linear(model)
-    if not whole and not others:
+    number, others = _not_linear(model)
+    if not whole and (not others or len(omitted) > number):
         raise ValueError(f"omit leaves no Linear to compress; the model has {_summary(names)}")
     reasons = [f"{' and '.join(others)}: not an nn.Linear"] if others else []
     reasons += [f"{names[linear][0]}: {reason}" for linear, reason in whole.items()]
@@ -101,8 +101,8 @@ def _why_whole(linear: nn.Linear) -> str | None:
     return None if is_plain(linear) else f"{kind} does more than x W^T + b"
 
 
-def _not_linear(model: nn.Module) -> list[str]:
-    """Layers that hold matrices and are no Linear, by kind, the largest kind first."""
+def _not_linear(model: nn.Module) -> tuple[int, list[str]]:
+    """How many layers hold matrices and are no Linear, and which, the most frequent kind first."""
     found: dict[str, dict[nn.Module, list[str]]] = defaultdict(dict)
     for name, module in model.named_modules():
         if ".parametrizations" in f".{name}":
@@ -112,7 +112,8 @@ def _not_linear(model: nn.Module) -> list[str]:
         if not isinstance(module, nn.Linear) and (own or callable(getattr(module, "weight", None))):
             kind = type(module)
             found[kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.Linear"][module] = [name]
-    return [f"{kind} ({_names(found[kind])})" for kind in sorted(found, key=lambda kind: -len(found[kind]))]
+    kinds = sorted(found, key=lambda kind: -len(found[kind]))
+    return sum(map(len, found.values())), [f"{kind} ({_names(found[kind])})" for kind in kinds]
 
 
 def ranks_of(chosen: Mapping[nn.Linear, list[str]], ratio: float, ranks: Mapping[str, int]) -> dict[nn.Linear, int]:
