@@ -108,8 +108,8 @@ def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str, eva
         raise UserError(f"{where}: data folder {root} does not exist; {hint(annotations)}")
     # Others of mmdet's data sets, as LVIS and the panoptic one, have fields of their own.
     plain = dataset_class.parse_data_info is CocoDataset.parse_data_info
+    file = annotation_file(annotations)
     try:
-        file = annotation_file(annotations)
         classes = class_names((dataset.get("metainfo") or {}).get("classes") or dataset_class.METAINFO["classes"])
         if not plain:
             check_categories(file.content, annotations, classes)
