@@ -12,9 +12,10 @@ SMALL = {
     "scale": (160, 96),
     "scales": [(96, 160), (128, 160)],
     "crop_size": (96, 128),
-    "img_scale": (160, 96),
 }
 """Fields of transforms that say how large an image is, and what they are here."""
+LARGER = {"scale": (320, 240), "scales": [(240, 320), (256, 320)], "crop_size": (192, 256)}
+"""The same for DINO, which chooses 900 places of its feature maps."""
 SEGMENTATION = 64
 """Side of mmsegmentation's crops, which are as large as the model's images."""
 CLASSIFICATION = 32
@@ -29,14 +30,16 @@ def settings(cfg: Config, folder: Path) -> dict[str, Any]:
         cfg: the config.
         folder: where a distillation's teacher is written.
     """
-    found = {place: None for place in _weights(cfg.model, "model")}
+    found: dict[str, Any] = {place: None for place in _weights(cfg.model, "model")}
     segments, classifies = "mmseg" in str(cfg.get("default_scope")), "Classifier" in str(cfg.model)
+    sizes = LARGER if "'as_two_stage': True" in str(cfg.model) else SMALL
+    if segments:
+        sizes = dict(scale=(128, SEGMENTATION), crop_size=(SEGMENTATION, SEGMENTATION))
     for name in ("train", "val", "test"):
         loader = f"{name}_dataloader"
         found |= {f"{loader}.num_workers": 0, f"{loader}.persistent_workers": False}
         for place, step in _steps(cfg[loader], loader):
-            small = dict(SMALL, scale=(128, SEGMENTATION), crop_size=(SEGMENTATION,) * 2) if segments else SMALL
-            found |= {f"{place}.{field}": value for field, value in small.items() if field in step}
+            found |= {f"{place}.{field}": value for field, value in sizes.items() if field in step}
             if "input_size" in step:
                 found[f"{place}.input_size"] = CLASSIFICATION
     side = SEGMENTATION if segments else CLASSIFICATION
