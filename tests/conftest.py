@@ -34,6 +34,13 @@ def pytest_addoption(parser):
     parser.addoption("--every-config", action="store_true", help="run every config, not one of every base")
 
 
+def pytest_collection_modifyitems(items):
+    """In several processes, the tests of a file share one; those that run configs are too long for that."""
+    for item in items:
+        if item.path.name != "test_runs.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT / "tests").as_posix()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _registries():
     register_all_modules(init_default_scope=True)

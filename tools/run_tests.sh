@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Sets up the environment (tools/setup_env.sh has the settings), then runs the tests.
 #
-# Usage: bash tools/run_tests.sh [--no-venv] [pytest arguments; default: all tests, in up to 4 processes]
+# Usage: bash tools/run_tests.sh [--no-venv] [--every-config | pytest arguments]
+#   no arguments    all tests, in up to 4 processes; one config of every base is trained, resumed and tested among them
+#   --every-config  all tests, and every config
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,5 +15,6 @@ python=$(bash tools/setup_env.sh --print-python "${setup[@]}")
 # Threads of several processes would get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Files in their own order, not those with the most tests first: the longest, the runs of configs, start early.
-[[ $# -gt 0 ]] || set -- -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
+all=(-n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder tests)
+if [[ $# == 0 ]]; then set -- "${all[@]}"; elif [[ $* == --every-config ]]; then set -- "${all[@]}" --every-config; fi
 exec "$python" -m pytest "$@"
