@@ -366,7 +366,9 @@ def test_run_tests_passes_arguments_on(trial):
     answer = trial.run("--no-venv", "-k", "a b", "tests/test_x.py", script="tools/run_tests.sh")
     assert answer.stdout == "-m pytest -k a b tests/test_x.py\n"
     assert answer.stderr == "setup got: --print-python --no-venv\n"
-    assert trial.run(script="tools/run_tests.sh").stdout == "-m pytest -n auto --maxprocesses 4 --dist loadfile tests\n"
+    everything = "-m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder tests"
+    assert trial.run(script="tools/run_tests.sh").stdout == f"{everything}\n"
+    assert trial.run("--every-config", script="tools/run_tests.sh").stdout == f"{everything} --every-config\n"
 
 
 @pytest.mark.parametrize(("broken", "code"), [("nothing", 0), ("pytest", 1), ("check", 1), ("format", 1)])

@@ -1,11 +1,11 @@
 # What configs in mmengine's new style share: default_runtime.py with classes instead of names.
-from mmdet.engine.hooks import DetVisualizationHook
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.runner import LogProcessor
 from mmengine.visualization import LocalVisBackend
 
-from mmdet_lors.engine.hooks import ServeFoldedHook
+from mmdet_lors.datasets.evaluation import EvaluatedDataHook
+from mmdet_lors.engine.drawing import DetectionVisualizer
+from mmdet_lors.engine.hooks import PicturesHook, ServeFoldedHook
 from mmdet_lors.engine.non_finite import StopOnNonFiniteHook
 from mmdet_lors.engine.reliable_checkpoint import ReliableCheckpointHook
 
@@ -16,7 +16,8 @@ default_hooks = dict(
     param_scheduler=dict(type=ParamSchedulerHook),
     checkpoint=dict(type=ReliableCheckpointHook, interval=1, max_keep_ckpts=3, save_best="coco/bbox_mAP"),
     sampler_seed=dict(type=DistSamplerSeedHook),
-    visualization=dict(type=DetVisualizationHook),
+    visualization=dict(type=PicturesHook),
+    evaluated_data=dict(type=EvaluatedDataHook),
 )
 custom_hooks = [dict(type=ServeFoldedHook), dict(type=StopOnNonFiniteHook)]
 env_cfg = dict(
@@ -24,7 +25,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
     dist_cfg=dict(backend="nccl"),
 )
-visualizer = dict(type=DetLocalVisualizer, vis_backends=[dict(type=LocalVisBackend)], name="visualizer")
+visualizer = dict(type=DetectionVisualizer, vis_backends=[dict(type=LocalVisBackend)], name="visualizer")
 log_processor = dict(type=LogProcessor, window_size=50, by_epoch=True)
 log_level = "INFO"
 load_from = None

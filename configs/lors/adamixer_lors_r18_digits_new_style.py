@@ -1,7 +1,6 @@
 # adamixer-lors_r18_digits.py in mmengine's new style: classes instead of names. Both build the same.
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
-from mmdet.evaluation import CocoMetric
 from mmdet.models.backbones import ResNet
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.losses import FocalLoss, GIoULoss, L1Loss
@@ -17,7 +16,7 @@ from mmdet_lors.adamixer.detector import QueryBased
 from mmdet_lors.adamixer.neck import ChannelMapping
 from mmdet_lors.adamixer.query_generator import InitialQueryGenerator
 from mmdet_lors.adamixer.stage import AdaMixerDecoderStage
-from mmdet_lors.datasets import CheckedCocoDataset
+from mmdet_lors.datasets import CheckedCocoDataset, CheckedCocoMetric
 
 with read_base():
     from .._base_.new_style_runtime import *  # noqa: F403
@@ -126,7 +125,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type=CocoMetric, ann_file=data_root + "annotations/val.json", metric="bbox")
+val_evaluator = dict(type=CheckedCocoMetric, ann_file=data_root + "annotations/val.json", metric="bbox")
 test_evaluator = val_evaluator
 
 train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=18, val_interval=18)

@@ -29,7 +29,7 @@ def use_evaluated_data_hook(cfg: Config) -> None:
     """Give a config the hook below, if it does not have it by its runtime."""
     hooks = cfg.get("default_hooks") or {}
     if not any("EvaluatedDataHook" in str((hook or {}).get("type")) for hook in hooks.values()):
-        cfg.default_hooks = dict(hooks, evaluated_data=dict(type="EvaluatedDataHook"))
+        cfg["default_hooks"] = dict(hooks, evaluated_data=dict(type="mmdet.EvaluatedDataHook"))
 
 
 @HOOKS.register_module()

@@ -25,7 +25,7 @@ class CheckedCocoMetric(CocoMetric):
     then those of their boxes, and what the data set does not load is not counted.
 
     Args:
-        ann_file, *args, **fields: mmdet's ``CocoMetric``'s, but for ``sort_categories``.
+        ann_file, args, fields: mmdet's ``CocoMetric``'s, but for ``sort_categories``.
 
     Raises:
         UserError: an annotation file that cannot be right; when it evaluates: predictions that are not finite, or of

@@ -17,6 +17,8 @@ from mmengine.utils import is_installed
 from runs import Run
 from settings import arguments, one_more, settings, write_teacher
 
+from mmdet_lors.engine.new_style import classic
+
 REPRESENTATIVES = {
     "lors/adamixer-lors_r50_100-queries_1x_coco": "R50",
     "adamixer/adamixer_r50_100-queries_crop-ms-480-800-3x_coco": "plain",
@@ -83,7 +85,7 @@ def test_trains_validates_saves_resumes_and_is_tested(name, folder, work, tmp_pa
     if name.startswith("pela/upernet") and not is_installed("mmsegmentation"):
         pytest.skip("mmsegmentation is not installed: pip install -e .[seg]")
     config = ROOT / "configs" / f"{name}.py"
-    cfg = Config.fromfile(config)
+    cfg = classic(Config.fromfile(config))
     short = settings(cfg, tmp_path)
     write_teacher(cfg, short)
     prepare = partial(prepare_process, folder)
