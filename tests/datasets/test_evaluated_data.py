@@ -251,7 +251,7 @@ def test_a_run_without_our_runtime_gets_the_hook():
     config = dict(default_hooks=dict(timer=dict(type="IterTimerHook"), logger=None))
     for _ in range(2):
         use_evaluated_data_hook(config)
-        assert config["default_hooks"]["evaluated_data"] == dict(type="EvaluatedDataHook")
+        assert config["default_hooks"]["evaluated_data"] == dict(type="mmdet.EvaluatedDataHook")
     named = dict(default_hooks=dict(mine=dict(type=EvaluatedDataHook)))
     use_evaluated_data_hook(named)
     assert list(named["default_hooks"]) == ["mine"]
