@@ -98,9 +98,11 @@ def test_trains_validates_saves_resumes_and_is_tested(name, folder, work, tmp_pa
     end = next(path for stem in ("epoch_2", "iter_3") if (path := work / f"{stem}.pth").exists())
     validated = last_validation(work)
     metrics = tmp_path / "metrics.json"
-    start(str(end), "--metrics", str(metrics), *arguments(short), tool="test.py").done(600)
+    test = start(str(end), "--metrics", str(metrics), *arguments(short), tool="test.py").done(600)
     tested = json.loads(metrics.read_text())
-    assert tested and {key: validated[key] for key in tested} == pytest.approx(tested, nan_ok=True)
+    # A detector with a score threshold may find nothing yet, of which mmdet's metric gives no figure.
+    assert tested or "testing results of the whole dataset is empty" in test.output()
+    assert {key: validated[key] for key in tested} == pytest.approx(tested, nan_ok=True)
 
 
 def test_two_processes_train_on_coco(folder, work, tmp_path):
