@@ -160,6 +160,17 @@ def random_lors(model_cfg: dict) -> nn.Module:
     return model.eval()
 
 
+def write_random_lors(folder: Path) -> str:
+    """A digits checkpoint whose LORS parts are all in use and whose boxes are not all the whole image, with classes."""
+    torch.manual_seed(0)
+    model = random_lors(load_config(LORS_DIGITS).model)
+    # The last stage's alone: random boxes that are sampled at again amplify rounding.
+    nn.init.normal_(model.decoder.stages[-1].reg_branch[-1].weight, std=0.03)
+    classes = tuple("0123456789")
+    torch.save(dict(meta=dict(dataset_meta=dict(classes=classes)), state_dict=model.state_dict()), folder / "lors.pth")
+    return str(folder / "lors.pth")
+
+
 def data_samples(num_boxes: list[int], size: tuple[int, int], num_classes: int) -> list[DetDataSample]:
     """One sample per image with that many random boxes, at least 8 pixels wide."""
     samples = []

@@ -9,7 +9,7 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_config, load_tool, random_lors, refused
+from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_tool, refused, write_random_lors
 from mmdet.apis import DetInferencer
 from PIL import Image
 from pycocotools.coco import COCO
@@ -25,14 +25,7 @@ CLASSES = tuple("0123456789")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """Random weights whose LORS parts are all in use and whose boxes are not all the whole image, with class names."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "lors.pth"
-    model = random_lors(load_config(LORS_DIGITS).model)
-    # The last stage's alone: random boxes that are sampled at again amplify rounding.
-    torch.nn.init.normal_(model.decoder.stages[-1].reg_branch[-1].weight, std=0.03)
-    torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=model.state_dict()), path)
-    return str(path)
+    return write_random_lors(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import mmcv
 import numpy as np
 import pytest
 import torch
-from conftest import LORS_DIGITS, ROOT, load_config, random_lors
+from conftest import LORS_DIGITS, ROOT, write_random_lors
 from PIL import Image
 
 from mmdet_lors.errors import UserError
@@ -23,12 +23,7 @@ CONFIG = str(ROOT / LORS_DIGITS)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "lors.pth"
-    model = random_lors(load_config(LORS_DIGITS).model)
-    torch.nn.init.normal_(model.decoder.stages[-1].reg_branch[-1].weight, std=0.03)
-    torch.save(dict(meta=dict(dataset_meta=dict(classes=tuple("0123456789"))), state_dict=model.state_dict()), path)
-    return str(path)
+    return write_random_lors(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")

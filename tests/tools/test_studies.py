@@ -137,7 +137,7 @@ def test_pela_study_runs_and_reports_what_it_found(pela, tools, tmp_path, monkey
     assert {"model.feature_loss=None", "model.perturbation_loss=None"} < set(trained["base-loss_seed-0"])
     assert not any("loss=None" in option for option in trained["both_seed-0"])
     assert all(
-        f"model.teacher_checkpoint={tmp_path}/work/2-epochs/vit_digits_seed-0/epoch_2.pth" in options
+        f"model.teacher_checkpoint={tmp_path / 'work'}/2-epochs/vit_digits_seed-0/epoch_2.pth" in options
         for name, options in trained.items()
         if not name.startswith("vit_digits")
     )
