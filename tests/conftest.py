@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,9 +110,15 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
-def run(*command: str, port: int | None = None, folder: Path = ROOT) -> subprocess.CompletedProcess:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     """A command in the project's folder, or another, without a GPU."""
-    env = dict(os.environ, PYTHON=sys.executable, PORT=str(port or 29500), CUDA_VISIBLE_DEVICES="")
+    env = dict(os.environ, PYTHON=sys.executable, PORT=str(free_port()), CUDA_VISIBLE_DEVICES="")
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 

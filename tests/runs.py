@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import stat
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ROOT, load_tool
+from conftest import ROOT, free_port, load_tool
 from mmdet.registry import HOOKS, MODELS
 from mmengine.config import config as mmengine_config
 from mmengine.hooks import Hook
@@ -193,12 +192,6 @@ def start_server() -> None:
             del os.environ[name]
         else:
             os.environ[name] = value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Run:

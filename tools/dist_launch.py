@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch.distributed
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, main
 
@@ -51,3 +52,8 @@ if __name__ == "__main__":
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         sys.exit(f"process {rank} {ending(failure.exitcode)}")
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = get_args_parser().parse_args().master_port
+        sys.exit(f"error: port {port} is in use, by another run perhaps; set PORT to a free one, as in PORT={port + 1}")

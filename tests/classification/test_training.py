@@ -21,7 +21,7 @@ def trained(tmp_path_factory) -> Path:
     """The work folder of one epoch in two processes through dist_train.sh."""
     folder = tmp_path_factory.mktemp("work")
     arguments = [LORS, "2", "--work-dir", str(folder), *SETTINGS, "train_cfg.max_epochs=1"]
-    done = run("bash", "tools/dist_train.sh", *arguments, port=29621)
+    done = run("bash", "tools/dist_train.sh", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -54,7 +54,7 @@ def test_mixed_precision(tmp_path):
 def test_testing_writes_metrics_and_scores(trained, tmp_path):
     outputs = ["--metrics", str(tmp_path / "metrics.json"), "--out", str(tmp_path / "scores.pkl")]
     arguments = [LORS, str(trained / "epoch_1.pth"), "2", "--work-dir", str(tmp_path), *outputs, *SETTINGS]
-    done = run("bash", "tools/dist_test.sh", *arguments, port=29622)
+    done = run("bash", "tools/dist_test.sh", *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     scores = pickle.loads((tmp_path / "scores.pkl").read_bytes())

@@ -112,6 +112,6 @@ def test_two_processes_train_on_coco(folder, work, tmp_path):
     }
     script, config = ROOT / "tools/dist_train.sh", ROOT / f"configs/{name}.py"
     options = ["--work-dir", str(work), *arguments(short)]
-    done = run("bash", str(script), str(config), "2", *options, port=29641, folder=folder)
+    done = run("bash", str(script), str(config), "2", *options, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (work / "epoch_1.pth").is_file()

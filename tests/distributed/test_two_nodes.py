@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LORS_DIGITS, ROOT
+from conftest import LORS_DIGITS, ROOT, free_port
 
 from mmdet_lors.engine.network import interface_towards
 
@@ -122,7 +122,7 @@ def test_two_nodes_train_what_one_node_of_two_processes_trains(nodes, tiny_digit
     config(tmp_path, tiny_digits)
     common = dict(NNODES="2", MASTER_ADDR=ADDRESSES[0], PORT="29500")
     with (
-        launched(tmp_path, "one", 2, PORT="29621") as one,
+        launched(tmp_path, "one", 2, PORT=str(free_port())) as one,
         launched(tmp_path, "node0", 1, "ip", "netns", "exec", nodes[0], NODE_RANK="0", **common) as first,
         launched(tmp_path, "node1", 1, "ip", "netns", "exec", nodes[1], NODE_RANK="1", **common) as second,
     ):

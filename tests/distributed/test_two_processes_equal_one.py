@@ -1,7 +1,6 @@
 """Two processes equal one at the same global batch, on the CPU over gloo: gradients, and weights after every step."""
 
 import os
-import socket
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, data_samples, load_config, load_tool
+from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, data_samples, free_port, load_config, load_tool
 from mmdet.datasets.samplers import AspectRatioBatchSampler
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -222,10 +221,7 @@ def two_processes(tmp_path_factory, tiny_digits):
     """Folder, and results of both ranks: name -> (gradients, weights), both batch -> name -> tensor."""
     folder = tmp_path_factory.mktemp("two")
     write_teacher(folder / "teacher.pth")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, args=(port, folder, tiny_digits), nprocs=2)
+    mp.spawn(worker, args=(free_port(), folder, tiny_digits), nprocs=2)
     return folder, [torch.load(folder / f"rank{rank}.pth") for rank in range(2)]
 
 

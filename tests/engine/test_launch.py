@@ -2,12 +2,11 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 
-from conftest import LORS_DIGITS, ROOT
+from conftest import LORS_DIGITS, ROOT, free_port
 
 WAITING = f"""
 from mmdet_lors.engine import launch
@@ -20,10 +19,7 @@ launch.load_config("{LORS_DIGITS}", launcher="pytorch")
 
 
 def test_sigterm_ends_a_process_that_waits_for_others():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = dict(os.environ, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    env = dict(os.environ, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     command = [sys.executable, "-W", "ignore", "-c", WAITING]
     with subprocess.Popen(command, cwd=ROOT, env=dict(env, CUDA_VISIBLE_DEVICES=""), stdout=subprocess.PIPE) as waits:
         assert waits.stdout.readline() == b"waiting\n"

@@ -1,7 +1,6 @@
 """A run that computes NaN stops, names images and the first tensor, and updates no weight with it."""
 
 import os
-import socket
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import LORS_DIGITS, ROOT, load_config
+from conftest import LORS_DIGITS, ROOT, free_port, load_config
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -405,10 +404,7 @@ def worker(rank: int, port: int, out: Path) -> None:
 
 
 def test_two_processes_stop_together(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, tmp_path), nprocs=2)
+    mp.spawn(worker, (free_port(), tmp_path), nprocs=2)
     for rank in (0, 1):
         for kind, first in (("nan", "output of spoiler (Spoiler), last (Linear)"), ("inf", "loss loss_square")):
             assert (tmp_path / f"{kind}_{rank}.txt").read_text() == (

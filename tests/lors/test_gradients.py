@@ -1,12 +1,12 @@
 """LORSA's and LORST's gradients are those of plain products, whatever else asked for gradients before."""
 
 import os
-import socket
 from functools import partial
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import free_port
 from disturbances import DISTURBANCES, gradients, largest_difference
 from torch import Tensor, nn
 
@@ -130,10 +130,7 @@ def worker(rank: int, port: int, out: str) -> None:
 
 def test_two_processes(tmp_path):
     """DDP averages: half of the gradient of the whole batch."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path / "gradients.pt")), nprocs=2)
+    mp.spawn(worker, (free_port(), str(tmp_path / "gradients.pt")), nprocs=2)
     found = torch.load(tmp_path / "gradients.pt")
     assert len(found) == 6
     for key, ours in found.items():

@@ -5,13 +5,13 @@ import copy
 import io
 import os
 import pickle
-import socket
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
+from conftest import free_port
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
@@ -446,10 +446,7 @@ def worker(rank: int, port: int, out: str) -> None:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path / "gradients.pt")), nprocs=2)
+    mp.spawn(worker, (free_port(), str(tmp_path / "gradients.pt")), nprocs=2)
     torch.manual_seed(6)
     x = image(torch.float64)
     expected = gradients(parallel_model(), x)

@@ -2,13 +2,12 @@
 
 import copy
 import os
-import socket
 import sys
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import load_tool
+from conftest import free_port, load_tool
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.dataset import DefaultSampler
@@ -186,12 +185,9 @@ def worker(rank: int, port: int, teacher_file: str, out: str) -> None:
 
 
 def test_two_processes_equal_one_at_the_same_global_batch(teacher_file, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     out = tmp_path / "exchange.pt"
     torch.save((IMAGES, LABELS), out)
-    mp.spawn(worker, args=(port, teacher_file, str(out)), nprocs=2)
+    mp.spawn(worker, args=(free_port(), teacher_file, str(out)), nprocs=2)
     model = distiller(teacher_file).eval()
     sum(model(IMAGES, LABELS, mode="loss").values()).backward()
     for key, grad in torch.load(out).items():

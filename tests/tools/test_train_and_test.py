@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -34,7 +35,6 @@ def trained(tiny_digits, tmp_path_factory) -> Path:
         str(work),
         *settings,
         "train_cfg.max_epochs=1",
-        port=29611,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return work
@@ -82,7 +82,6 @@ def test_dist_test_prints_and_writes_the_metrics(trained, tiny_digits, tmp_path)
         "--show-interval",
         "4",
         *options(tiny_digits),
-        port=29612,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Average Precision" in done.stdout
@@ -176,8 +175,18 @@ def test_dist_train_refuses_a_number_of_gpus():
     assert done.returncode == 2 and "GPUS must be a positive number, got 'many'" in done.stderr
 
 
+def test_dist_train_names_a_port_in_use(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr("conftest.free_port", lambda: port)
+        done = run("bash", "tools/dist_train.sh", LORS_DIGITS, "1", "--work-dir", str(tmp_path / "w"))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: port {port} is in use, by another run perhaps; set PORT to a free one" in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
 def test_dist_train_ends_with_one_line(tmp_path):
-    done = run("bash", "tools/dist_train.sh", "nothing.py", "1", "--work-dir", str(tmp_path / "w"), port=29613)
+    done = run("bash", "tools/dist_train.sh", "nothing.py", "1", "--work-dir", str(tmp_path / "w"))
     assert done.returncode != 0
     assert "error: config nothing.py does not exist" in done.stderr
     assert "Traceback" not in done.stderr

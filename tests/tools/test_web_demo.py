@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import LORS_DIGITS, ROOT, load_config, load_tool, random_lors, refused
+from conftest import LORS_DIGITS, ROOT, free_port, load_config, load_tool, random_lors, refused
 from PIL import Image
 
 CHROMIUM = shutil.which("chromium")
@@ -28,11 +28,6 @@ CONFIG = str(ROOT / LORS_DIGITS)
 missing = [name for name in ("nicegui", "playwright") if importlib.util.find_spec(name) is None]
 missing += [] if CHROMIUM else ["chromium"]
 needs_browser = pytest.mark.skipif(bool(missing), reason=f"the web page is tested with {', '.join(missing)}: not here")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
