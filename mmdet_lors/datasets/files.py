@@ -1,5 +1,6 @@
 """Annotation files, each read, indexed and checked once in a process while a run is made."""
 
+import gc
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,8 @@ def annotation_file(path: str | Path) -> AnnotationFile:
     key = (path.resolve(), status.st_mtime_ns, status.st_size)
     if key not in _kept:
         _kept[key] = AnnotationFile(path)
+        # mmengine collects garbage after loading a data set: it need not look at millions of objects that stay.
+        gc.freeze()
     return _kept[key]
 
 
@@ -78,4 +81,6 @@ def keep() -> None:
 def release() -> None:
     """Drop what was kept: the run begins."""
     global _kept
+    if _kept:
+        gc.unfreeze()
     _kept = None

@@ -1,5 +1,6 @@
 """An evaluator judges the data that its loop loads, or is refused before the first image."""
 
+import gc
 import json
 from copy import deepcopy
 from types import SimpleNamespace
@@ -245,6 +246,15 @@ def test_each_file_is_read_once_while_a_run_is_made(write, monkeypatch):
     assert annotation_file(file) is annotation_file(file)
     write("val.json", dict(content(), info="longer"))
     assert len(read) == 3 and annotation_file(file) is annotation_file(file) and len(read) == 4
+
+
+def test_python_collects_garbage_of_everything_once_the_run_has_begun(write):
+    file = write("val.json", content())
+    keep()
+    annotation_file(file)
+    assert gc.get_freeze_count()
+    release()
+    assert not gc.get_freeze_count()
 
 
 def test_a_run_without_our_runtime_gets_the_hook():

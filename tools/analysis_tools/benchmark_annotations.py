@@ -108,7 +108,9 @@ def main() -> None:
                     done = subprocess.run(command, capture_output=True, text=True)
                     if done.returncode:
                         raise UserError(f"loading as {who} failed: {done.stderr.strip().splitlines()[-1]}")
-                    found.setdefault(f"{what}: {who}", []).append(json.loads(done.stdout.splitlines()[-1]))
+                    measured = json.loads(done.stdout.splitlines()[-1])
+                    print(f"{what}: {who} {measured['seconds']:.1f} s", flush=True)
+                    found.setdefault(f"{what}: {who}", []).append(measured)
     for name, rows in found.items():
         seconds = [row["seconds"] for row in rows]
         median = statistics.median(seconds)
