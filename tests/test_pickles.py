@@ -54,7 +54,7 @@ def stack() -> nn.Module:
 MODELS_TO_BUILD = {
     "AdaMixer with LORS": lambda folder: random_lors(load_config(LORS_DIGITS).model),
     "AdaMixer with LORS, served": lambda folder: serve(random_lors(load_config(LORS_DIGITS).model)),
-    "DINO WithLORS": lambda folder: of_config("lors/beyond/dino-lors_r18_digits.py"),
+    "DINO WithLORS": lambda folder: of_config("lors/other_detectors/dino-lors_r18_digits.py"),
     "AdaMixer on a compressed Swin": lambda folder: of_config("pela/adamixer-lors_pela-swin_digits.py"),
     "distiller": distiller,
     "classifier": lambda folder: distiller(folder).student,

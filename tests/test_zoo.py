@@ -35,10 +35,10 @@ ZOO = [
 ]
 
 
-ELSEWHERE = ("configs/_base_/", "configs/classification/", "configs/lors/beyond/", "configs/pela/")
+ELSEWHERE = ("configs/_base_/", "configs/classification/", "configs/lors/other_detectors/", "configs/pela/")
 ELSEWHERE += ("configs/lors/adamixer_lors_r18_digits_new_style.py",)
 """No row here: parts of configs, and what the tests of classification, of PELA, of new-style configs and
-tests/test_beyond.py have."""
+tests/configs/test_other_detectors.py have."""
 
 
 def plain_path(backbone: str, queries: int, schedule: str) -> str:

@@ -1,28 +1,11 @@
-_base_ = [
-    "../_base_/models/adamixer-lors_r50.py",
-    "../_base_/datasets/coco_crop-ms-480-800.py",
-    "../_base_/schedules/adamixer_3x_swin.py",
-    "../_base_/default_runtime.py",
-]
+_base_ = "../adamixer/adamixer_swin-s_300-queries_crop-ms-480-800-3x_coco.py"
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type="SwinTransformer",
-        embed_dims=96,
-        depths=[2, 2, 18, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=7,
-        mlp_ratio=4,
-        drop_path_rate=0.2,
-        convert_weights=True,
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-            "swin_small_patch4_window7_224.pth",
+    decoder=dict(
+        stage=dict(num_groups=2, in_points=64),
+        lors=dict(
+            adaptive=dict(rank=16, groups=[1, 1, 2, 2, 3, 3]),
+            static=dict(rank=8, groups=1),
         ),
-    ),
-    neck=dict(in_channels=[96, 192, 384, 768]),
-    query_generator=dict(num_queries=300),
-    test_cfg=dict(max_per_img=300),
+    )
 )

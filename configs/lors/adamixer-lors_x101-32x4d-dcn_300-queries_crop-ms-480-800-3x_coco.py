@@ -1,13 +1,11 @@
-_base_ = "adamixer-lors_r50_300-queries_crop-ms-480-800-3x_coco.py"
+_base_ = "../adamixer/adamixer_x101-32x4d-dcn_300-queries_crop-ms-480-800-3x_coco.py"
 
 model = dict(
-    backbone=dict(
-        type="ResNeXt",
-        depth=101,
-        groups=32,
-        base_width=4,
-        dcn=dict(type="DCN", deform_groups=1, fallback_on_stride=False),
-        stage_with_dcn=(False, True, True, True),
-        init_cfg=dict(checkpoint="open-mmlab://resnext101_32x4d"),
+    decoder=dict(
+        stage=dict(num_groups=2, in_points=64),
+        lors=dict(
+            adaptive=dict(rank=16, groups=[1, 1, 2, 2, 3, 3]),
+            static=dict(rank=8, groups=1),
+        ),
     )
 )

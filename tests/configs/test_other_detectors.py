@@ -1,4 +1,4 @@
-"""configs/lors/beyond: LORST in detectors that are mmdet's own."""
+"""configs/lors/other_detectors: LORST in detectors that are mmdet's own."""
 
 import copy
 from functools import cache
@@ -60,7 +60,7 @@ ZERO_QUERIES |= {"decoder.layers.0.self_attn.v_proj.weight"}
 
 def load(name: str) -> Config:
     """A config, without anything to download."""
-    cfg = Config.fromfile(ROOT / f"configs/lors/beyond/{name}.py")
+    cfg = Config.fromfile(ROOT / f"configs/lors/other_detectors/{name}.py")
     plain = cfg.model.get("model", cfg.model)
     plain.backbone.init_cfg = None
     return cfg
@@ -90,7 +90,7 @@ def counts(model: nn.Module) -> tuple[int, int, int]:
 
 
 def test_the_table_has_every_config():
-    assert {path.stem for path in (ROOT / "configs/lors/beyond").glob("*.py")} == set(TABLE) | PLAIN
+    assert {path.stem for path in (ROOT / "configs/lors/other_detectors").glob("*.py")} == set(TABLE) | PLAIN
 
 
 @pytest.mark.parametrize("name", TABLE)
