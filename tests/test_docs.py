@@ -13,7 +13,8 @@ from mmengine.optim import build_optim_wrapper
 
 from mmdet_lors.engine.build import build_without_weights
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+AT_THE_TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*AT_THE_TOP, *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ["README.md", "first_hour.md", "custom_data.md", "recipes.md"]
 LAUNCHERS = {"dist_train.sh": "train", "dist_test.sh": "test", "slurm_train.sh": "train", "slurm_test.sh": "test"}
 R50 = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
@@ -86,10 +87,10 @@ def test_the_site_builds_without_a_warning(tmp_path, capsys):
         assert module.parent.name == "analysis" or f"mmdet_lors.{module.parent.name}.{module.stem}" in reference, module
 
 
-def test_links_of_the_readme_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
-    assert len(targets) > 10
+@pytest.mark.parametrize("page", AT_THE_TOP, ids=lambda page: page.name)
+def test_links_at_the_top_lead_somewhere(page):
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in target]
+    assert targets
     assert not [target for target in targets if not (ROOT / target).exists()]
 
 

@@ -1,6 +1,7 @@
 """What users install: wheel and sdist, configs inherited from an installed package, versions checked on import."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 from conftest import ROOT
 from mmengine.config import Config
 
+import mmdet_lors
 from mmdet_lors.compatibility import check_versions
 
 CONFIG = "lors/adamixer-lors_r18_digits.py"
@@ -133,3 +135,10 @@ def test_a_missing_package_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "mmcv", None)
     with pytest.raises(ImportError, match=r"needs mmcv >= 2\.0\.0, < 3\.0, which is not installed: pip install"):
         check_versions()
+
+
+def test_versions_that_stand_in_two_places_agree():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["additional_dependencies"] for hook in hooks] == [[f"ruff=={pins['ruff']}"]] * 2
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == mmdet_lors.__version__
