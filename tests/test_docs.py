@@ -87,10 +87,10 @@ def test_the_site_builds_without_a_warning(tmp_path, capsys):
         assert module.parent.name == "analysis" or f"mmdet_lors.{module.parent.name}.{module.stem}" in reference, module
 
 
-@pytest.mark.parametrize("page", AT_THE_TOP, ids=lambda page: page.name)
-def test_links_at_the_top_lead_somewhere(page):
+@pytest.mark.parametrize(("page", "at_least"), zip(AT_THE_TOP, (10, 3), strict=True))
+def test_links_at_the_top_lead_somewhere(page, at_least):
     targets = [target for target in re.findall(r"\]\(([^)#]+)", page.read_text()) if "://" not in target]
-    assert targets
+    assert len(targets) > at_least
     assert not [target for target in targets if not (ROOT / target).exists()]
 
 
