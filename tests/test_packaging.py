@@ -21,6 +21,7 @@ import mmdet_lors
 from mmdet_lors.compatibility import check_versions
 
 CONFIG = "lors/adamixer-lors_r18_digits.py"
+TABLES = "tools/analysis_tools/paper_tables/lors.yml"
 
 
 def configs() -> set[str]:
@@ -62,12 +63,12 @@ def test_wheel_and_sdist_hold_all_configs_tools_and_the_model_index(distribution
         inside = set(wheel.namelist())
     assert {f"mmdet_lors/.mim/{name}" for name in configs()} <= inside
     assert {
-        f"mmdet_lors/.mim/{name}" for name in ("model-index.yml", "tools/train.py", "tools/dist_train.sh")
+        f"mmdet_lors/.mim/{name}" for name in ("model-index.yml", "tools/train.py", "tools/dist_train.sh", TABLES)
     } <= inside
     assert not [name for name in inside if "setup_env" in name or "quickstart" in name or name.endswith(".pyc")]
     with tarfile.open(next(distributions.glob("*.tar.gz"))) as sdist:
         inside = {name.partition("/")[2] for name in sdist.getnames()}
-    assert configs() <= inside and {"model-index.yml", "tools/train.py", "LICENSE"} <= inside
+    assert configs() <= inside and {"model-index.yml", "tools/train.py", "LICENSE", TABLES} <= inside
 
 
 def test_a_users_config_inherits_an_installed_one(installed, tmp_path):

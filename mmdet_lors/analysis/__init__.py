@@ -1,1 +1,1 @@
-"""What a model costs, counted from what its config builds, and how that compares with the LORS paper's tables."""
+"""What a model costs, counted from what its config builds; what the studies and tools that measure share."""

@@ -274,3 +274,8 @@ def measure(model_cfg: dict, size: tuple[int, int] | None = (1280, 800)) -> Repo
         parts={label: cost for label, cost in costs.items() if not label.startswith("decoder.") and cost != Cost()},
         components={label: costs["decoder." + label] for label in COMPONENTS if "decoder." + label in costs},
     )
+
+
+def encoder_parameters(model_cfg: dict) -> int:
+    """Parameters of a vision transformer's layers, of a shared weight once; ``model_cfg`` is a config's ``model``."""
+    return sum(p.numel() for p in build_without_weights(model_cfg).network.blocks.parameters())

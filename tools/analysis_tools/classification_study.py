@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-from mmdet_lors.analysis.appendix_tables import encoder_parameters
+from mmdet_lors.analysis.complexity import encoder_parameters
 from mmdet_lors.analysis.study import (
     add_study_options,
     evaluate,

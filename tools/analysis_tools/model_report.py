@@ -6,25 +6,20 @@ folded: a plain decoder of the same groups and points, without anything more.
 """
 
 import argparse
-import importlib
 import re
 from pathlib import Path
 
 from mmdet.utils import register_all_modules
-from rich.console import Console
 from rich.table import Table
 
 from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
+from mmdet_lors.analysis.output import console
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 
-ROOT = Path(__file__).parents[2]
-TABLES = dict(lors="paper_tables", pela="pela_tables")
 SMALLEST = 32
-WIDTH = 130
-"""Columns of a table that goes to a file or a pipe."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -97,7 +92,7 @@ def main() -> None:
         "--paper",
         nargs="?",
         const="lors",
-        choices=TABLES,
+        choices=["lors", "pela"],
         help="print a paper's tables beside ours, Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
     )
     args = parser.parse_args()
@@ -110,20 +105,18 @@ def main() -> None:
         raise UserError(f"config {missing[0]} does not exist")
 
     register_all_modules()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    found = {}
+    out, found = console(), {}
     for path in args.configs:
         report, served = report_config(path, size)
-        console.print(table(path, report, served))
+        out.print(table(path, report, served))
         found[path] = dict(report.as_dict(), folded=served and served.as_dict())
     if args.json:
         args.json.write_text(to_json(found, indent=2) + "\n")
     if args.paper:
-        # Imported here: PELA's tables need packages that nothing else does.
-        tables = importlib.import_module(f"mmdet_lors.analysis.{TABLES[args.paper]}")
-        print(tables.markdown(tables.Counts(ROOT)), end="")
+        # Imported here: the tables need packages that nothing else does.
+        from paper_tables.render import Paper
+
+        print(Paper(args.paper).markdown(), end="")
 
 
 if __name__ == "__main__":
