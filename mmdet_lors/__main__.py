@@ -10,7 +10,8 @@ USAGE = "usage: python -m mmdet_lors TOOL [ARGUMENTS]\n\nTOOL is one of:\n  "
 
 def main() -> None:
     """Run the tool that the first argument names, such as ``train`` or ``analysis_tools/model_report``."""
-    tools = sorted(path.relative_to(TOOLS).with_suffix("").as_posix() for path in TOOLS.rglob("*.py"))
+    scripts = [path for path in TOOLS.rglob("*.py") if "__main__" in path.read_text()]  # others are parts of these
+    tools = sorted(path.relative_to(TOOLS).with_suffix("").as_posix() for path in scripts)
     name = sys.argv[1].removesuffix(".py") if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(USAGE + "\n  ".join(tools))

@@ -87,7 +87,8 @@ def test_a_users_config_inherits_an_installed_one(installed, tmp_path):
 
 
 def test_installed_tools_run_by_name(installed, tmp_path):
-    assert "\n  train\n" in run_installed(installed, tmp_path, "-m", "mmdet_lors", "--help").stdout
+    listed = run_installed(installed, tmp_path, "-m", "mmdet_lors", "--help").stdout
+    assert "\n  train\n" in listed and "paper_tables" not in listed
     unknown = run_installed(installed, tmp_path, "-m", "mmdet_lors", "trian")
     assert unknown.returncode == 1
     assert unknown.stderr.strip().endswith(
