@@ -68,6 +68,13 @@ def test_writes_a_checkpoint_that_fits_and_copies_the_rest(tmp_path, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lors.pth", "plain.pth"]
 
 
+def test_a_new_style_config_has_the_stages_of_its_classic_twin(tmp_path, monkeypatch, root):
+    plain, out = plain_checkpoint(tmp_path / "plain.pth"), tmp_path / "lors.pth"
+    new_style = "configs/lors/adamixer_lors_r18_digits_new_style.py"
+    convert(monkeypatch, root, PLAIN_DIGITS, plain, new_style, out, "--turns", 1)
+    assert out.is_file()
+
+
 def nan_weights() -> dict:
     weights = MODELS.build(load_config(PLAIN_DIGITS).model).state_dict()
     weights["decoder.stages.1.mixing.out_proj.weight"][0, 0] = float("nan")

@@ -20,6 +20,7 @@ from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
 from mmdet_lors.analysis.complexity import build_on_meta
 from mmdet_lors.engine.checkpoint import write_checkpoint
 from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.engine.trained import read_config, read_weights
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.warm_start import FitError, fit_lorsa_, fit_lorst_
@@ -44,6 +45,7 @@ def check_configs(plain: Config, lors: Config) -> None:
     theirs, ours = ({f: cfg.model.decoder[f] for f in fields} for cfg in (plain, lors))
     for found, cfg in ((theirs, plain), (ours, lors)):
         stage = defaults | dict(cfg.model.decoder.stage)
+        stage |= dict(type=type_name(stage["type"]))
         found.update({f"stage.{k}": stage[k] for k in sorted(stage) if k not in ("num_classes", "init_cfg")})
     for field, value in ours.items():
         if theirs.get(field) != value:
