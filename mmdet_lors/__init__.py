@@ -1,31 +1,12 @@
-"""AdaMixer with LORS for MMDetection 3.x. Importing this package registers its parts with mmdet."""
+"""AdaMixer with LORS for MMDetection 3.x. Importing it registers its parts with mmdet, where that is there."""
 
-from .compatibility import check_versions
-
-check_versions()  # Before anything imports mmdet.
-
-from . import adamixer, datasets, pela, registry, valid_json  # noqa: E402
-from .engine import amp, drawing, hooks, loops, non_finite, reliable_checkpoint, with_lors, zero  # noqa: E402
-from .engine.checkpoint import allow_mmengine_objects  # noqa: E402
-from .engine.safe_loading import make_mmengine_load_safely  # noqa: E402
+from .compatibility import check_versions, has_mmdet
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "adamixer",
-    "amp",
-    "datasets",
-    "drawing",
-    "hooks",
-    "loops",
-    "non_finite",
-    "pela",
-    "registry",
-    "reliable_checkpoint",
-    "valid_json",
-    "with_lors",
-    "zero",
-]
+if has_mmdet():
+    check_versions()  # Before anything imports mmdet.
 
-allow_mmengine_objects()
-make_mmengine_load_safely()
+    from . import adamixer, datasets, pela, registry, valid_json, visualization, with_lors  # noqa: F401
+    from .engine import amp, checkpoint, hooks, non_finite, zero  # noqa: F401
+    from .engine.resume import loops  # noqa: F401

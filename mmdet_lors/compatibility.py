@@ -1,8 +1,7 @@
 """The versions that mmdet_lors works with, checked when it is imported."""
 
 from importlib import import_module
-
-from packaging.version import Version
+from importlib.util import find_spec
 
 RANGES = {
     "torch": ("2.6", None, "see pytorch.org"),
@@ -13,6 +12,14 @@ RANGES = {
 """Name: first version, first one that is too new, how to get a right one. Which mmcv fits is for mmdet to say."""
 
 
+def has_mmdet() -> bool:
+    """Whether mmdet can be imported; without it there are the parts of ``lors`` and ``pela`` that need torch alone."""
+    try:
+        return find_spec("mmdet") is not None
+    except ImportError:
+        return False
+
+
 def check_versions() -> None:
     """Import every package of :data:`RANGES` and look at its version.
 
@@ -20,6 +27,8 @@ def check_versions() -> None:
         ImportError: one is missing, or out of its range, or mmdet refuses the mmcv or mmengine that is there; says
             what to install.
     """
+    from packaging.version import Version  # Not in every environment that has torch.
+
     for name, (first, too_new, remedy) in RANGES.items():
         wanted = f"{name} >= {first}" + (f", < {too_new}" if too_new else "")
         try:

@@ -21,7 +21,7 @@ from mmengine.hooks import Hook
 
 import mmdet_lors.classification  # noqa: F401
 from mmdet_lors.engine.launch import run as run_tool
-from mmdet_lors.engine.restarts import restarts
+from mmdet_lors.engine.processes.restarts import restarts
 
 FORKS = multiprocessing.get_context("forkserver")
 # The others would take its predecessor's address for its own.

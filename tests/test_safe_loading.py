@@ -19,8 +19,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 from mmdet_lors.classification.pretrained import PretrainedParts
-from mmdet_lors.engine.checkpoint import read_checkpoint
-from mmdet_lors.engine.safe_loading import FORCE_UNSAFE, make_mmengine_load_safely, weights_only
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint
+from mmdet_lors.engine.checkpoint.safe_loading import FORCE_UNSAFE, make_mmengine_load_safely, weights_only
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
 

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, main
 
 TOLD_TO_STOP = "MMDET_LORS_TOLD_TO_STOP"
-"""As in mmdet_lors/engine/stop.py: what is restarted with it has nothing to do."""
+"""As in mmdet_lors/engine/processes/stop.py: what is restarted with it has nothing to do."""
 
 
 def children() -> list[int]:

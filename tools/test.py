@@ -8,10 +8,10 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
-from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
 from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device

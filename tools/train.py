@@ -8,15 +8,15 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
-from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
 from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device
-from mmdet_lors.engine.resume import choose_start, faults_in_one_line, how_to_go_on, make_resumable
-from mmdet_lors.engine.stop import Stopped, stop_at_once
+from mmdet_lors.engine.processes.stop import Stopped, stop_at_once
+from mmdet_lors.engine.resume.start import choose_start, faults_in_one_line, how_to_go_on, make_resumable
 from mmdet_lors.errors import UserError
 
 

@@ -4,10 +4,10 @@ from mmengine.runner import LogProcessor
 from mmengine.visualization import LocalVisBackend
 
 from mmdet_lors.datasets.evaluation import EvaluatedDataHook
-from mmdet_lors.engine.drawing import DetectionVisualizer
-from mmdet_lors.engine.hooks import PicturesHook, ServeFoldedHook
+from mmdet_lors.engine.checkpoint.hook import ReliableCheckpointHook
+from mmdet_lors.engine.hooks import ServeFoldedHook
 from mmdet_lors.engine.non_finite import StopOnNonFiniteHook
-from mmdet_lors.engine.reliable_checkpoint import ReliableCheckpointHook
+from mmdet_lors.visualization import DetectionVisualizer, PicturesHook
 
 default_scope = None
 default_hooks = dict(

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmdet_lors.engine.checkpoint import read_checkpoint
-from mmdet_lors.engine.safe_loading import weights_only
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint
+from mmdet_lors.engine.checkpoint.safe_loading import weights_only
 from mmdet_lors.errors import UserError
 
 TIMM = "timm://"

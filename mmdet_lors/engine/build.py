@@ -11,9 +11,9 @@ from mmdet.registry import MODELS, TASK_UTILS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mmdet_lors.engine.config_check.signatures import fields_of, meant
 from mmdet_lors.errors import UserError
 
-from .config_check.signatures import fields_of, meant
 from .new_style import type_name
 
 _P, _T = ParamSpec("_P"), TypeVar("_T")

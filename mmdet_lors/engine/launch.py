@@ -15,14 +15,14 @@ from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import init_default_scope
 
+from mmdet_lors.engine.processes.network import let_gloo_find_its_interface
+from mmdet_lors.engine.processes.restarts import restarted_store
 from mmdet_lors.errors import UserError
 
 from .build import one_at_a_time
 from .config_check import check_options
 from .machine import use_start_method
-from .network import let_gloo_find_its_interface
 from .new_style import classic
-from .restarts import restarted_store
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -21,14 +21,14 @@ from torch import nn
 from mmdet_lors.datasets.exif import STORED
 from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.engine.build import build_without_weights, one_at_a_time
-from mmdet_lors.engine.drawing import DRAWING, DetectionVisualizer
+from mmdet_lors.engine.checkpoint.trained import read_weights
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import usable
 from mmdet_lors.engine.new_style import classic
-from mmdet_lors.engine.output_names import OutputNames, as_picture, below, common_folder
-from mmdet_lors.engine.trained import read_weights
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.serving import serve
+from mmdet_lors.visualization.drawing import DRAWING, DetectionVisualizer
+from mmdet_lors.visualization.output_names import OutputNames, as_picture, below, common_folder
 
 from .pictures import Reader, Source, each, name_of, path_of
 from .sources import images_in

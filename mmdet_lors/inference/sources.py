@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 
-from mmdet_lors.engine.output_names import OutputNames, as_picture, below, common_folder
 from mmdet_lors.errors import UserError
+from mmdet_lors.visualization.output_names import OutputNames, as_picture, below, common_folder
 
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv")
 

@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmdet_lors.classification.pretrained import read_weights
-from mmdet_lors.engine.checkpoint import check_fit
+from mmdet_lors.engine.checkpoint.reading import check_fit
 from mmdet_lors.errors import UserError
 
 from .choice import OMIT

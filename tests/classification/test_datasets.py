@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import datasets
 
 import mmdet_lors.classification  # noqa: F401
-from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.errors import UserError
 
 PLAIN = dict(input_size=8, crop_pct=1.0)

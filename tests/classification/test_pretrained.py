@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_classifier import NETWORK, PREPROCESSOR, classifier
 
 from mmdet_lors.classification.pretrained import read_weights
-from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import fold_stack
 

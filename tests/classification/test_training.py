@@ -99,7 +99,7 @@ def test_test_refuses_the_plain_models_checkpoint(trained, work, monkeypatch, ca
 
 
 def test_study_page():
-    study = load_tool("analysis_tools/classification_study.py")
+    study = load_tool("studies/classification_study.py")
     runs = {"plain": [(98.0, 60), (96.0, 62)], "LORST": [(97.0, 70), (98.5, 72)]}
     results = {name: [dict(top1=t, top5=100.0, seconds=s) for t, s in found] for name, found in runs.items()}
     page = study.page(results, jobs=2)

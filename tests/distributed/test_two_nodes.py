@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import LORS_DIGITS, ROOT, free_port
 
-from mmdet_lors.engine.network import interface_towards
+from mmdet_lors.engine.processes.network import interface_towards
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SECONDS = 240

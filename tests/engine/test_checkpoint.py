@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
+from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.errors import UserError
 from mmdet_lors.pela import compress
 

@@ -13,9 +13,9 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from mmengine.visualization import LocalVisBackend, Visualizer
 
-from mmdet_lors.engine.drawing import DetectionVisualizer
-from mmdet_lors.engine.hooks import PicturesHook, ServeFoldedHook
+from mmdet_lors.engine.hooks import ServeFoldedHook
 from mmdet_lors.errors import UserError
+from mmdet_lors.visualization import DetectionVisualizer, PicturesHook
 
 
 def test_validation_and_test_run_folded_and_end_factored():

@@ -10,7 +10,7 @@ from conftest import LORS_DIGITS, ROOT, free_port
 
 WAITING = f"""
 from mmdet_lors.engine import launch
-from mmdet_lors.engine.stop import stop_at_once
+from mmdet_lors.engine.processes.stop import stop_at_once
 
 stop_at_once()
 launch.let_gloo_find_its_interface = lambda: print("waiting", flush=True)

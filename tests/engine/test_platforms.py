@@ -32,11 +32,11 @@ from mmdet_lors.adamixer.sampling import arrange
 from mmdet_lors.analysis import study
 from mmdet_lors.engine import machine
 from mmdet_lors.engine.amp import CPUAmpOptimWrapper
-from mmdet_lors.engine.checkpoint import read_checkpoint, write_checkpoint
-from mmdet_lors.engine.data_order import outlive_sigterm
-from mmdet_lors.engine.network import interface_towards
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint
+from mmdet_lors.engine.checkpoint.seal import write_whole
+from mmdet_lors.engine.processes.network import interface_towards
 from mmdet_lors.engine.random_state import random_state, set_random_state
-from mmdet_lors.engine.seal import write_whole
+from mmdet_lors.engine.resume.data_order import outlive_sigterm
 from mmdet_lors.errors import UserError
 from mmdet_lors.pela.low_rank import best_factors
 

@@ -8,8 +8,8 @@ import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from mmdet_lors.engine.data_order import ResumableLoader, SeededDataset
 from mmdet_lors.engine.random_state import random_state, seeded, set_random_state
+from mmdet_lors.engine.resume.data_order import ResumableLoader, SeededDataset
 
 
 class Augmented(Dataset):

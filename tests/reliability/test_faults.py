@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import FAULT, Run, checkpoint, same_training, write_config
 
-from mmdet_lors.engine.seal import damage
+from mmdet_lors.engine.checkpoint.seal import damage
 
 EPOCHS = 160
 KILLS = 20

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_lors.engine.checkpoint import read_checkpoint, write_checkpoint
-from mmdet_lors.engine.seal import (
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint
+from mmdet_lors.engine.checkpoint.seal import (
     SEAL_LENGTH,
     WholeFileBackend,
     breaks_its_seal,

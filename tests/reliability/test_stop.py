@@ -7,7 +7,7 @@ import pytest
 from conftest import load_tool
 from runs import FAULT, Run, checkpoint, same_training, write_config
 
-from mmdet_lors.engine.stop import Stopped, stop_at_once
+from mmdet_lors.engine.processes.stop import Stopped, stop_at_once
 
 WORKERS = """
 train_dataloader.update(num_workers=2, persistent_workers=True)

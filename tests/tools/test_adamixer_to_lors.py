@@ -8,7 +8,7 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_l
 from mmdet.registry import MODELS
 
 from mmdet_lors.adamixer.folding import folded_state_dict
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint
+from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
 from mmdet_lors.errors import UserError
 
 TOOL = "model_converters/adamixer_to_lors.py"

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmdet_lors.analysis import study as shared
 from mmdet_lors.errors import UserError
 
-TOOL = "analysis_tools/pela_study.py"
+TOOL = "studies/pela_study.py"
 
 
 @pytest.fixture
@@ -186,17 +186,17 @@ def test_pela_study_refuses(arguments, message, monkeypatch, capsys):
 
 
 def test_page_of_the_digits_study():
-    digits = load_tool("analysis_tools/digits_study.py")
+    digits = load_tool("studies/digits_study.py")
     plain = next(variant for variant in digits.VARIANTS if variant.seeds == (0, 1))
     runs = [dict(ap=0.5, ap50=0.7, seconds=100), dict(ap=0.25, ap50=0.8, seconds=300)]
     page = digits.page([(plain, 1234, runs)], epochs=12, jobs=2, picture="x.png", note="")
     assert f"| {plain.name} | {plain.what} | 1,234 | 0.500, 0.250 | {mean((0.7, 0.8)):.3f} | 200 |" in page
-    assert "`python tools/analysis_tools/digits_study.py --epochs 12 --jobs 2`" in page
+    assert "`python tools/studies/digits_study.py --epochs 12 --jobs 2`" in page
     assert "2 runs of 12 epochs, 0.1 hours of training in all." in page
 
 
 def test_warm_start_is_converted_before_it_trains(tmp_path, monkeypatch):
-    digits, calls = load_tool("analysis_tools/digits_study.py"), []
+    digits, calls = load_tool("studies/digits_study.py"), []
     warm = next(variant for variant in digits.VARIANTS if variant.warm_start)
     monkeypatch.setattr(digits, "call", lambda *command, log: calls.append(command[0]))
     monkeypatch.setattr(digits, "train", lambda config, folder, options: calls.append(options) or 5.0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmdet_lors.analysis.timing import hardware, interleaved, seconds
 from mmdet_lors.classification.classifier import create_network
 from mmdet_lors.classification.pretrained import read_weights
-from mmdet_lors.engine.checkpoint import check_fit
+from mmdet_lors.engine.checkpoint.reading import check_fit
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 from mmdet_lors.pela import OMIT, LowRankLinear, compress

@@ -23,7 +23,7 @@ from mmengine.runner import set_random_seed
 from mmengine.visualization import Visualizer
 
 from mmdet_lors.analysis.output import FORMATS, check_writable, console, save_figure
-from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 

@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import nn
 
 from mmdet_lors.analysis.output import check_writable, console, save_figure
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.checks import check_inputs
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmdet_lors.engine.checkpoint import read_checkpoint, write_checkpoint
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 

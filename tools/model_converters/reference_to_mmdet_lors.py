@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.adamixer.reference import DROPPED, convert, settings
 from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.engine.checkpoint import check_fit, read_checkpoint, write_checkpoint
+from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 

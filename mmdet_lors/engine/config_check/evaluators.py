@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.registry import EVALUATOR, HOOKS, METRICS, PARAM_SCHEDULERS
 
+from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError
 
-from ..new_style import type_name
 from .signatures import bind, find, meant
 
 COCO_ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")

@@ -5,9 +5,9 @@ from typing import Any
 
 from mmengine.registry import TRANSFORMS
 
+from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError
 
-from ..new_style import type_name
 from .signatures import bind, fields_of, find, nearest
 
 KNOWN_PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg", "mmdet_lors", "torch")

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from mmengine.registry import Registry
 
+from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError
-
-from ..new_style import type_name
 
 RENAMED = dict(
     classes="metainfo=dict(classes=(...))",

@@ -13,7 +13,7 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import MMLogger
 from mmengine.structures import InstanceData
 
-from mmdet_lors.engine.drawing import DetectionVisualizer
+from mmdet_lors.visualization.drawing import DetectionVisualizer
 
 PRIVATE = "\U0010fff0\U0010fff1"
 """Letters for private use, which no font of a system has."""

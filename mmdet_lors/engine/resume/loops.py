@@ -8,8 +8,9 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from mmdet_lors.engine.random_state import set_random_state
+
 from .data_order import ResumableLoader
-from .random_state import set_random_state
 
 
 class _ResumableLoop:

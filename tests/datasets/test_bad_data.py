@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 
 from mmdet_lors.classification import ImageFolder
 from mmdet_lors.datasets.annotations import read_annotations
+from mmdet_lors.datasets.checks import check_dataset
 from mmdet_lors.datasets.coco import _check_whole
-from mmdet_lors.engine.checks import check_dataset
 from mmdet_lors.errors import UserError
 
 CASES, SECONDS = 400, 20

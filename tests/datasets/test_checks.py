@@ -7,7 +7,7 @@ import pytest
 from conftest import LORS_DIGITS, ROOT, load_config
 from mmengine.config import Config
 
-from mmdet_lors.engine.checks import check_inputs
+from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.errors import UserError
 
 SPLITS = ("train", "val", "test")

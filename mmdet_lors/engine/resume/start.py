@@ -15,13 +15,12 @@ from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.utils.dl_utils import set_multi_processing
 
+from mmdet_lors.engine.checkpoint.hook import STOPPED
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint
+from mmdet_lors.engine.checkpoint.seal import damage, saved_at
+from mmdet_lors.engine.launch import is_first_process
+from mmdet_lors.engine.processes.restarts import restarted_store, restarts
 from mmdet_lors.errors import UserError
-
-from .checkpoint import read_checkpoint
-from .launch import is_first_process
-from .reliable_checkpoint import STOPPED
-from .restarts import restarted_store, restarts
-from .seal import damage, saved_at
 
 RESUMABLE = {EpochBasedTrainLoop: "ResumableEpochLoop", IterBasedTrainLoop: "ResumableIterLoop"}
 
@@ -80,7 +79,7 @@ def choose_start(cfg: Config, given: str | None) -> str | None:
         The file or address to load, or None.
 
     Raises:
-        UserError: as :func:`newest_good_checkpoint` and :func:`~mmdet_lors.engine.checkpoint.read_checkpoint`.
+        UserError: as :func:`newest_good_checkpoint` and :func:`~mmdet_lors.engine.checkpoint.reading.read_checkpoint`.
     """
     if given:
         cfg.resume, cfg.load_from = True, None if given == "auto" else given

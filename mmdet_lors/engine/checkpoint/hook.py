@@ -15,12 +15,12 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmdet_lors.engine.processes.stop import Stopped, StopRequest
+from mmdet_lors.engine.random_state import random_state, set_random_state
+from mmdet_lors.engine.zero import collect_state
 from mmdet_lors.errors import UserError
 
-from .random_state import random_state, set_random_state
 from .seal import WholeFileBackend, remove_unfinished, write_whole
-from .stop import Stopped, StopRequest
-from .zero import collect_state
 
 STOPPED = "stopped.pth"
 """Name of the checkpoint that SIGTERM asks for; the next regular one replaces it."""
@@ -43,13 +43,13 @@ def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
 class ReliableCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, with its arguments and file names, for runs that are interrupted.
 
-    - A checkpoint is written whole or not at all, carries its checksum (:mod:`mmdet_lors.engine.seal`), and only then
-      is removed what it replaces.
+    - A checkpoint is written whole or not at all and carries its checksum (:mod:`.seal`); what it replaces is removed
+      afterwards.
     - Beside mmengine's content it has ``exact_resume``: the position within the epoch, whether its validation is done,
-      and every process's random state and own buffers. A run that goes on from it does what it would have done
+      and every process's random state and own buffers. A run that resumes from it does what it would have done
       uninterrupted; with ``ResumableEpochLoop`` or ``ResumableIterLoop`` also from the middle of an epoch.
     - After SIGTERM to any process all finish the same iteration, ``stopped.pth`` is written, and they end with
-      :class:`~mmdet_lors.engine.stop.Stopped`. A validation is cut short where the epoch's checkpoint is written.
+      :class:`Stopped`. A validation is cut short where the epoch's checkpoint is written.
 
     Raises:
         UserError: a checkpoint cannot be written.

@@ -15,12 +15,13 @@ from mmengine.logging import print_log
 from mmengine.registry import Registry
 
 from mmdet_lors.datasets import CheckedCocoDataset, CheckedCocoMetric
-from mmdet_lors.datasets.annotations import check_categories, class_names, hint
-from mmdet_lors.datasets.evaluation import check_classwise, check_same_files
-from mmdet_lors.datasets.exif import frame_of
-from mmdet_lors.datasets.files import annotation_file, keep
-from mmdet_lors.datasets.unusable import MAX_UNUSABLE_SHARE
 from mmdet_lors.errors import UserError
+
+from .annotations import check_categories, class_names, hint
+from .evaluation import check_classwise, check_same_files
+from .exif import frame_of
+from .files import annotation_file, keep
+from .unusable import MAX_UNUSABLE_SHARE
 
 SEGMENTATION_HINT = "docs/pela_recipes.md says how to get it"
 

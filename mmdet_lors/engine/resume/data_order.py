@@ -11,7 +11,7 @@ from mmengine.dist import get_rank
 from mmengine.registry import FUNCTIONS
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from .random_state import seeded
+from mmdet_lors.engine.random_state import seeded
 
 
 class Draw(NamedTuple):

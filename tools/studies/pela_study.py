@@ -36,7 +36,7 @@ from mmdet_lors.analysis.study import (
     train,
 )
 from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.checkpoint import read_checkpoint, write_checkpoint
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmdet_lors.engine.launch import load_config
 from mmdet_lors.errors import UserError
 
-from .checkpoint import check_fit, read_checkpoint
-from .launch import load_config
+from .reading import check_fit, read_checkpoint
 
 
 def read_config(path: str) -> Config:

@@ -9,9 +9,10 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdet_lors.errors import UserError
 from mmdet_lors.lors.stack import plain_stack, share_stack
 from mmdet_lors.lors.warm_start import FitError
+
+from .errors import UserError
 
 FIELDS = ("layers", "targets", "rank", "groups", "share", "init", "turns")
 

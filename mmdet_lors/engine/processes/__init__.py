@@ -1,0 +1,1 @@
+"""Several processes as one run: stopping together, finding each other, starting again."""
