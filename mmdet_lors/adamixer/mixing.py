@@ -19,26 +19,29 @@ def norm_relu(x: Tensor) -> Tensor:
 
 
 def adaptive_channel_mixing(x: Tensor, M: Tensor) -> Tensor:
-    """ACM before its norm and ReLU: X M. x (..., P_in, C), M (..., C, C)."""
-    return x @ M
+    """ACM(X) = ReLU(LN(X M)). x (..., P_in, C), M (..., C, C) -> (..., P_in, C)."""
+    return norm_relu(x @ M)
 
 
 def adaptive_spatial_mixing(x: Tensor, S: Tensor) -> Tensor:
-    """ACM's norm and ReLU, then ASM before its own: S ReLU(LN(x)). x (..., P_in, C) -> (..., P_out, C)."""
-    return S @ norm_relu(x)
+    """ASM(X) = ReLU(LN(S X)). x (..., P_in, C), S (..., P_out, P_in) -> (..., P_out, C)."""
+    return norm_relu(S @ x)
 
 
-def project_out(x: Tensor, project: Projection) -> Tensor:
-    """ASM's norm and ReLU, then W_out flatten(ReLU(LN(x))). x (B, N, G, P_out, C) -> (B, N, d)."""
-    return project(norm_relu(x).flatten(2))
+def mix(x: Tensor, M: Tensor, S: Tensor, project: Projection) -> Tensor:
+    """W_out flatten(ASM(ACM(X))). x (B, N, G, P_in, C) -> (B, N, d)."""
+    return project(adaptive_spatial_mixing(adaptive_channel_mixing(x, M), S).flatten(2))
+
+
+def mix_in_less_memory(x: Tensor, M: Tensor, S: Tensor, project: Projection) -> Tensor:
+    """:func:`mix`, cut before each norm: the backward pass computes norms and ReLUs again, and no product."""
+    x = x @ M
+    x = recompute(lambda x: S @ norm_relu(x), x)
+    return recompute(lambda x: project(norm_relu(x).flatten(2)), x)
 
 
 class AdaptiveMixing(nn.Module):
-    """q <- LN(q + W_out flatten(ASM(ACM(x)))), with M and S generated from q.
-
-    ACM(X) = ReLU(LN(X M)) and ASM(X) = ReLU(LN(S X)). The three steps below are cut before each norm: a norm and its
-    ReLU cost little next to the products, so that the backward pass computes them again instead of keeping them, where
-    there are more queries than content dims; with fewer, the generator outweighs what it generates.
+    """q <- LN(q + W_out flatten(ASM(ACM(X)))), with M and S generated from q.
 
     M, S and W_out are a stage's own, or come from the LORS modules of the whole stack: the mixing is the same.
 
@@ -87,10 +90,6 @@ class AdaptiveMixing(nn.Module):
         generate = self.parameter_generator if generate is None else generate
         project = self.out_proj if project is None else project
         M, S = generate(query)
-        x = adaptive_channel_mixing(x, M)
-        if torch.is_grad_enabled() and query.shape[:2].numel() > query.shape[-1]:
-            x = recompute(adaptive_spatial_mixing, x, S)
-            x = recompute(project_out, x, project)
-        else:
-            x = project_out(adaptive_spatial_mixing(x, S), project)
-        return self.norm(query + x)
+        # With fewer queries than content dims, the generator outweighs what it generates.
+        many = torch.is_grad_enabled() and query.shape[:2].numel() > query.shape[-1]
+        return self.norm(query + (mix_in_less_memory if many else mix)(x, M, S, project))

@@ -1,5 +1,7 @@
 """One decoder stage: self-attention, sampling, mixing, FFN, and the two heads."""
 
+from typing import NamedTuple
+
 import torch
 from mmcv.cnn.bricks.transformer import FFN
 from mmdet.registry import MODELS
@@ -20,6 +22,19 @@ def branch(dim: int, num_fcs: int, out: int) -> nn.Sequential:
     for _ in range(num_fcs):
         layers += [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(dim, out))
+
+
+class StageOutput(NamedTuple):
+    """What one stage predicts."""
+
+    cls_score: Tensor
+    """Class logits (B, N, num_classes)."""
+    xyzr: Tensor
+    """Refined positions (B, N, 4)."""
+    bboxes: Tensor
+    """The same as boxes (x1, y1, x2, y2) in input pixels, (B, N, 4)."""
+    content: Tensor
+    """Content (B, N, d)."""
 
 
 class QuerySelfAttention(nn.MultiheadAttention):

@@ -1,4 +1,4 @@
-"""LORSA: the adaptive low-rank residual structure, for weights that a stack of layers generates from queries."""
+"""LORSA, the adaptive low-rank residual structure: weights that a stack of layers generates from queries."""
 
 import math
 from collections.abc import Sequence
@@ -222,33 +222,25 @@ class LORSA(Servable):
             folded: what :meth:`for_pass` returned, for a caller that goes through all layers.
         """
         folded = self.for_pass() if folded is None else folded
-        if folded is not None:
-            return [self._reshape(F.linear(query, *pair), s) for s, pair in enumerate(folded[layer])]
         private = self.private[layer]
-        if private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold":
-            return [
-                self._reshape(recompute(self._generate, query, private, s, block), s)
-                for s, block in enumerate(self._blocks())
-            ]
+        if folded is not None or (private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold"):
+            return [recompute(self._generate, query, layer, s, folded) for s in range(len(self.shapes))]
         shared = None if self.shared is None else self.shared(query)
         return shared if private is None else private(query, shared)
 
-    def _blocks(self) -> list[Block] | list[None]:
-        return [None] * len(self.shapes) if self.shared is None else self.shared.blocks()
+    def _generate(self, query: Tensor, layer: int, index: int, folded: list[list[Block]] | None) -> Tensor:
+        """W_i(q) of one shape as what it is, affine in q: by the one Linear of :meth:`fold`."""
+        weight, bias = self._fold(layer, index) if folded is None else folded[layer][index]
+        return F.linear(query, weight, bias).unflatten(-1, (self.copies, *self.shapes[index]))
 
-    @staticmethod
-    def _generate(query: Tensor, private: PrivateLORSA, index: int, shared: Block | None) -> Tensor:
-        return F.linear(query, *private.fold(index, shared))
-
-    def _reshape(self, flat: Tensor, index: int) -> Tensor:
-        return flat.unflatten(-1, (self.copies, *self.shapes[index]))
+    def _fold(self, layer: int, index: int) -> Block:
+        """Weight (copies * rows * cols, query_dim) and bias of the Linear that generates W_i's matrix of this shape."""
+        private, shared = self.private[layer], None if self.shared is None else self.shared.blocks()[index]
+        return tuple(p.flatten(0, 1) for p in shared) if private is None else private.fold(index, shared)
 
     def fold_for_serving(self, layer: int) -> list[Block]:
-        """Weight (copies * rows * cols, query_dim) and bias of the Linear that generates W_i, one pair per shape."""
-        private, blocks = self.private[layer], self._blocks()
-        if private is None:
-            return [(w.detach().flatten(0, 1), b.detach().flatten()) for w, b in blocks]
-        return [private.fold(s, block) for s, block in enumerate(blocks)]
+        """One Linear per shape: what it generates need not be split."""
+        return [self._fold(layer, s) for s in range(len(self.shapes))]
 
     def fold(self, layer: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one AdaptiveWeights that generates what layer i does: W_i(q) is affine in q.

@@ -1,7 +1,7 @@
 """Serving a stack folded: its plain weights are kept in memory beside the parameters, which nobody touches."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,9 @@ class Servable(nn.Module):
         self.serving = False
         self._folded: tuple[Fingerprint, list] | None = None
 
-    def fold_for_serving(self, layer: int) -> object:
-        """What layer i needs to serve, tensors only."""
-        raise NotImplementedError
+    def fold_for_serving(self, layer: int) -> Any:
+        """What layer i serves with, tensors only: the layer folded, unless a class needs it otherwise."""
+        return self.fold(layer)
 
     def serve(self, mode: bool = True) -> "Servable":
         """Serve folded from now on until ``train()``, or drop what was folded."""

@@ -8,123 +8,18 @@ product it is read for.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .allocation import PerLayer, per_layer
-from .computed import ComputesWeights, computed_weight
+from .stacked import SUFFIX, StackedWeight, attach, computed_names, detach
 from .static import LORST
+from .targets import check_weights, checked_layers, groups_of, resolve, setting, sharable
 from .warm_start import FitError, fit_lorst_
 
 INITS = ("paper", "trained")
-
-_SUFFIX = "_lorst"
-_IN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
-class StackedWeight(nn.Module):
-    r"""One layer's weight in a stack, :math:`W_i = W^{shared} + \sum_k B_i^k A_i^k`, (out, in).
-
-    The first layer of those that share holds W_shared. The others find it through the first one's module, which is no
-    child of theirs: so it has one name in ``state_dict()`` and ``parameters()``, and follows every copy, move and load.
-
-    Args:
-        lorst: where W_shared, B_i and A_i are taken from.
-        position: i, the layer's place among those that share.
-        first: the first layer's; None for the first itself.
-        init: see :func:`share_stack`; the first keeps it for :func:`plain_stack`.
-        turns: likewise.
-    """
-
-    def __init__(self, lorst: LORST, position: int, first: "StackedWeight | None", init: str, turns: int) -> None:
-        super().__init__()
-        self.private = lorst.private[position]
-        self.position = position
-        # Past nn.Module, which would make it a child.
-        object.__setattr__(self, "_first", first)
-        if first is None:
-            self.shared, self.sharing, self.init, self.turns = lorst.shared, lorst.num_layers, init, turns
-
-    @property
-    def first(self) -> "StackedWeight":
-        """The one that holds W_shared."""
-        return self if self._first is None else self._first
-
-    @property
-    def rank(self) -> int:
-        """K_i * r_i."""
-        return 0 if self.private is None else len(self.private.A)
-
-    def forward(self) -> Tensor:
-        """W_i, (out, in)."""
-        shared = self.shared if self._first is None else self._first.shared
-        # One kernel for W_shared + B A; under autocast it also casts.
-        return shared if self.private is None else torch.addmm(shared, self.private.B, self.private.A)
-
-    def extra_repr(self) -> str:
-        return f"position={self.position}, rank={self.rank}, holds_shared={self._first is None}"
-
-
-@cache
-def _computed(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of ``plain`` that computes the named weights instead of storing them.
-
-    As ``torch.nn.utils.parametrize`` does, but with one class per kind of module, which is never changed afterwards.
-    parametrize changes a class that a module has in common with its copies: folding a copy breaks the original.
-    """
-
-    def computed(name: str) -> property:
-        remedy = f"{name} is computed, W_shared + B A: write within plain_stack(layers), or to {name}{_SUFFIX}"
-        return computed_weight(name + _SUFFIX, remedy)
-
-    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
-        # Copying and pickling: the class has no name to be imported by.
-        return _new, (plain, names), self.__getstate__()
-
-    body = dict(__reduce_ex__=__reduce_ex__, __module__=__name__, plain_class=plain, computed_weights=names)
-    return type(f"Stacked{plain.__name__}", (ComputesWeights, plain), body | {name: computed(name) for name in names})
-
-
-def _new(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    kind = _computed(plain, names)
-    return kind.__new__(kind)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """The weights of this module that are computed."""
-    return getattr(type(module), "computed_weights", ())
-
-
-def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
-    plain = getattr(type(module), "plain_class", type(module))
-    module.__class__ = _computed(plain, names) if names else plain
-
-
-def _attach(module: nn.Module, name: str, weight: StackedWeight) -> None:
-    """Compute ``module.<name>`` from now on."""
-    delattr(module, name)
-    module.add_module(name + _SUFFIX, weight.train(module.training))
-    _set_names(module, (*_names(module), name))
-
-
-@torch.no_grad()
-def _detach(module: nn.Module, name: str) -> None:
-    """Store ``module.<name>`` again: an ordinary parameter with the value that it has now."""
-    weight: StackedWeight = getattr(module, name + _SUFFIX)
-    trained = weight.first.shared if weight.private is None else weight.private.B
-    value = nn.Parameter(weight().clone(), requires_grad=trained.requires_grad)
-    delattr(module, name + _SUFFIX)
-    _set_names(module, tuple(n for n in _names(module) if n != name))
-    # Before the bias, as in a module that was never shared.
-    others = list(module.named_parameters(recurse=False))
-    module.register_parameter(name, value)
-    for other, parameter in others:
-        delattr(module, other)
-        module.register_parameter(other, parameter)
 
 
 def _lorst(weights: Sequence[Tensor], ranks: Sequence[int], init: str, turns: int) -> tuple[LORST, list[FitError]]:
@@ -142,123 +37,6 @@ def _lorst(weights: Sequence[Tensor], ranks: Sequence[int], init: str, turns: in
     with torch.no_grad():
         lorst.shared.copy_(weights[0])
     return lorst, [FitError(float("nan"), float("nan"))] * len(weights) if init == "trained" else []
-
-
-def _sharable(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Full name -> module and attribute, of every weight of this layer that can be shared."""
-    found = {}
-    for path, module in layer.named_modules():
-        names = ("weight",) if isinstance(module, nn.Linear) else ()
-        if isinstance(module, nn.MultiheadAttention):
-            names = _IN_PROJECTIONS
-        for name in names:
-            if name in _names(module) or isinstance(getattr(module, name, None), nn.Parameter):
-                found[f"{path}.{name}" if path else name] = module, name
-    return found
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a weight's full name, or its module's where the weight is a Linear's, fits the pattern."""
-    module = name[: -len(".weight")] if name.endswith(".weight") else name
-    return fnmatchcase(name, pattern) or fnmatchcase(module, pattern)
-
-
-def _find(field: str, pattern: str, index: int, layer: nn.Module) -> list[str]:
-    """Full names of one layer's weights that a target means."""
-    sharable = _sharable(layer)
-    if names := [name for name in sharable if _matches(name, pattern)]:
-        return names
-    there = [f"{name} is a {type(m).__name__}" for name, m in layer.named_modules() if name and _matches(name, pattern)]
-    for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and _matches(name, pattern):
-            raise ValueError(
-                f"{field}: layer {index}'s {name}: its weight is computed already, by {type(module).__name__}"
-            )
-    there += [f"{name} is a parameter" for name, _ in layer.named_parameters() if _matches(name, pattern)]
-    if there:
-        raise ValueError(f"{field}: layer {index}'s {there[0]}, neither an nn.Linear nor an attention's in-projection")
-    has = ", ".join(name.removesuffix(".weight") for name in sharable) or "none"
-    raise ValueError(f"{field} matches nothing in layer {index}; weights that can be shared there: {has}")
-
-
-def _resolve(layers: Sequence[nn.Module], targets: Sequence[str]) -> dict[str, str]:
-    """Full name of a weight -> the target that means it; the same for every layer."""
-    found: dict[str, str] = {}
-    for t, pattern in enumerate(targets):
-        if not isinstance(pattern, str):
-            raise ValueError(f"targets[{t}] must be a name or pattern, got {pattern!r}")
-        field = f"targets[{t}] {pattern!r}"
-        names = _find(field, pattern, 0, layers[0])
-        for i, layer in enumerate(layers[1:], start=1):
-            theirs = _find(field, pattern, i, layer)
-            if different := sorted(set(names) ^ set(theirs)):
-                has, has_not = (0, i) if different[0] in names else (i, 0)
-                raise ValueError(f"{field}: layer {has} has {different[0]}, layer {has_not} has not")
-        for name in names:
-            if name in found:
-                raise ValueError(f"{field} and {found[name]!r} both mean {name}")
-            found[name] = pattern
-    return found
-
-
-def _setting(field: str, value: PerLayer | Mapping[str, PerLayer], target: str, layers: int, minimum: int) -> list[int]:
-    """rank or groups of one target, one per layer."""
-    if isinstance(value, Mapping):
-        if target not in value:
-            raise ValueError(f"{field} has no entry for target {target!r}")
-        field, value = f"{field}[{target!r}]", value[target]
-    try:
-        return per_layer(field, value, layers, minimum)
-    except ValueError as error:
-        raise ValueError(str(error).replace("stages", "layers")) from error
-
-
-def _checked_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    if not isinstance(layers, Iterable):
-        raise ValueError(f"layers must be a sequence of modules, got a {type(layers).__name__}")
-    layers = list(layers)
-    if not layers:
-        raise ValueError("layers is empty")
-    seen: dict[int, int] = {}
-    for i, layer in enumerate(layers):
-        if not isinstance(layer, nn.Module):
-            raise ValueError(f"layers[{i}] is a {type(layer).__name__}, not an nn.Module")
-        if (j := seen.setdefault(id(layer), i)) != i:
-            raise ValueError(f"layers[{i}] is layers[{j}] itself: nothing of its own to share")
-    return layers
-
-
-def _groups_of(share: Sequence[int | str] | None, layers: int) -> list[list[int]]:
-    """The layers of each label, in order."""
-    labels = [0] * layers if share is None else share
-    if not isinstance(labels, Sequence) or len(labels) != layers:
-        entries = f"has {len(labels)} entries" if isinstance(labels, Sequence) else f"is {labels!r}, no list"
-        raise ValueError(f"share {entries} for {layers} layers")
-    found: dict[int | str, list[int]] = defaultdict(list)
-    for i, label in enumerate(labels):
-        if not isinstance(label, int | str):
-            raise ValueError(f"share[{i}] must be a number or a name, got {label!r}")
-        found[label].append(i)
-    return list(found.values())
-
-
-def _check_weights(name: str, weights: Mapping[int, Tensor]) -> None:
-    """Weights of the layers that share, by layer: alike, and different parameters."""
-    (first, reference), *others = weights.items()
-    seen = {id(reference): first}
-    for i, weight in others:
-        if weight.shape != reference.shape:
-            shapes = [f"{rows} x {cols}" for rows, cols in (weight.shape, reference.shape)]
-            raise ValueError(f"layers: layer {i}'s {name} is {shapes[0]}, layer {first}'s is {shapes[1]}")
-        for what in ("dtype", "device"):
-            ours, theirs = getattr(weight, what), getattr(reference, what)
-            if ours != theirs:
-                raise ValueError(f"layers: layer {i}'s {name} has {what} {ours}, layer {first}'s has {theirs}")
-        if (j := seen.setdefault(id(weight), i)) != i:
-            raise ValueError(f"layers: layer {i}'s {name} is layer {j}'s own parameter")
-    for i, weight in weights.items():
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
-            raise ValueError(f"targets: layer {i}'s {name} has hooks of its own, which a shared weight cannot keep")
 
 
 def share_stack(
@@ -303,7 +81,7 @@ def share_stack(
             Linear's or in-projection's weight or is shared already, lists of the wrong length, K * r above
             min(out, in).
     """
-    layers = _checked_layers(layers)
+    layers = checked_layers(layers)
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, Sequence) or not targets:
         raise ValueError(f"targets must be one or more names, got {targets!r}")
@@ -313,19 +91,19 @@ def share_stack(
     for field, value in (("rank", rank), ("groups", groups)):
         if isinstance(value, Mapping) and (unknown := [key for key in value if key not in targets]):
             raise ValueError(f"{field} has an entry for {unknown[0]!r}, which is none of the targets")
-    sharing = _groups_of(share, len(layers))
+    sharing = groups_of(share, len(layers))
 
     plan: list[tuple[str, list[int], list[int]]] = []
-    places = [_sharable(layer) for layer in layers]
-    for name, target in _resolve(layers, targets).items():
+    places = [sharable(layer) for layer in layers]
+    for name, target in resolve(layers, targets).items():
         for i, place in enumerate(places):
-            if place[name][1] in _names(place[name][0]):
+            if place[name][1] in computed_names(place[name][0]):
                 raise ValueError(f"targets: layer {i}'s {name} is shared already")
-        ranks = _setting("rank", rank, target, len(layers), minimum=1)
-        counts = _setting("groups", groups, target, len(layers), minimum=0)
+        ranks = setting("rank", rank, target, len(layers), minimum=1)
+        counts = setting("groups", groups, target, len(layers), minimum=0)
         for members in sharing:
             weights = {i: getattr(*places[i][name]) for i in members}
-            _check_weights(name, weights)
+            check_weights(name, weights)
             most = min(weights[members[0]].shape)
             for i in members:
                 if ranks[i] * counts[i] > most:
@@ -345,7 +123,7 @@ def share_stack(
             stacked = StackedWeight(lorst, position, first, init, turns)
             if stacked.private is not None:
                 stacked.private.requires_grad_(weight.requires_grad)
-            _attach(*places[i][name], stacked)
+            attach(*places[i][name], stacked)
             first = first or stacked
         for i, error in zip(members, errors, strict=False):
             report.setdefault(name, [error] * len(layers))[i] = error
@@ -371,8 +149,8 @@ def _stacks(layers: Iterable[nn.Module]) -> list[list[_Place]]:
     seen = set()
     for layer in layers:
         for path, module in layer.named_modules():
-            for name in _names(module):
-                weight = getattr(module, name + _SUFFIX)
+            for name in computed_names(module):
+                weight = getattr(module, name + SUFFIX)
                 if id(weight) not in seen:
                     seen.add(id(weight))
                     full = f"{path}.{name}" if path else name
@@ -403,7 +181,7 @@ def fold_stack(layers: Iterable[nn.Module]) -> None:
     """
     for places in _stacks(layers):
         for place in places:
-            _detach(place.module, place.name)
+            detach(place.module, place.name)
 
 
 @contextmanager
@@ -425,7 +203,7 @@ def plain_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError
     """
     stacks = _stacks(layers)
     for place in (place for places in stacks for place in places):
-        _detach(place.module, place.name)
+        detach(place.module, place.name)
     before = [[getattr(p.module, p.name).detach().clone() for p in places] for places in stacks]
     switches = [_switches(places) for places in stacks]
     report: dict[str, list[FitError]] = {}
@@ -445,7 +223,7 @@ def plain_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError
                     if place.weight.private is not None:
                         place.weight.private.requires_grad_(trained)
             for place in places:
-                _attach(place.module, place.name, place.weight)
+                attach(place.module, place.name, place.weight)
 
 
 def _switches(places: Sequence[_Place]) -> list[bool]:

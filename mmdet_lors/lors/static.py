@@ -1,4 +1,4 @@
-"""LORST: the static low-rank residual structure, one ordinary weight for a whole stack of layers."""
+"""LORST, the static low-rank residual structure: weights of a stack of layers that share one."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from .allocation import PerLayer, allocation
 from .serving import Servable
 
 
-class LowRankResidual(nn.Module):
+class PrivateLORST(nn.Module):
     r"""The private part of one layer's weight, :math:`\Delta W = \sum_{k=1}^{K} B^k A^k`.
 
     The K groups of rank r are kept side by side as one pair of rank K*r, which is the same sum.
@@ -77,7 +77,7 @@ class LORST(Servable):
         self.in_features, self.out_features, self.num_layers = in_features, out_features, num_layers
         self.shared = nn.Parameter(torch.empty(out_features, in_features)) if shared else None
         self.private = nn.ModuleList(
-            LowRankResidual(in_features, out_features, r * k) if k else None
+            PrivateLORST(in_features, out_features, r * k) if k else None
             for r, k in allocation(rank, groups, num_layers, shared)
         )
         self.bias = nn.ParameterList(torch.empty(out_features) for _ in range(num_layers)) if bias else None
@@ -113,10 +113,6 @@ class LORST(Servable):
         else:
             weight = torch.addmm(self.shared, private.B, private.A)
         return weight, self.bias[layer] if self.bias is not None else None
-
-    def fold_for_serving(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.fold(layer)
-        return weight.detach(), None if bias is None else bias.detach()
 
     def forward(self, x: Tensor, layer: int, folded: list | None = None) -> Tensor:
         """x W_i^T + b_i. (..., in_features) -> (..., out_features).

@@ -8,7 +8,7 @@ from conftest import LORS_DIGITS, load_config, random_lors
 from mmdet.registry import MODELS
 from test_golden import load, model_config, relative_error, samples
 
-from mmdet_lors.adamixer.folding import folded_config, folded_state_dict
+from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.lors.serving import serve
 
 

@@ -13,8 +13,9 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdet_lors.adamixer.boxes import position_encoding
-from mmdet_lors.adamixer.reference import DROPPED, convert, rename
-from mmdet_lors.adamixer.sampling import AdaptiveSampling, arrange, sample_3d
+from mmdet_lors.adamixer.sampling import AdaptiveSampling, sample_3d
+from mmdet_lors.adamixer.sampling_backends import arrange
+from mmdet_lors.conversion.reference import DROPPED, convert, rename
 
 OPERATOR, STAGE = 1e-9, 1e-8
 DATA = Path(__file__).parents[1] / "data"

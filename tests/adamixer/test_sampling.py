@@ -4,8 +4,9 @@ import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-from mmdet_lors.adamixer import sampling
-from mmdet_lors.adamixer.sampling import BACKENDS, arrange, sample_3d
+from mmdet_lors.adamixer import sampling_backends
+from mmdet_lors.adamixer.sampling import sample_3d
+from mmdet_lors.adamixer.sampling_backends import BACKENDS, arrange
 
 SIZES, STRIDES, GROUPS, CHANNELS = [(20, 24), (10, 12), (5, 6)], (4, 8, 16), 2, 3
 
@@ -39,7 +40,7 @@ def run(backend: str, feats: list[torch.Tensor], points: torch.Tensor) -> list[t
 @pytest.fixture
 def deformable(monkeypatch):
     """mmcv's op where there is CUDA, its PyTorch version elsewhere."""
-    monkeypatch.setattr(sampling, "MultiScaleDeformableAttnFunction", OnCPU)
+    monkeypatch.setattr(sampling_backends, "MultiScaleDeformableAttnFunction", OnCPU)
 
 
 @pytest.mark.parametrize("backend", ["embedding_bag", "deformable"])

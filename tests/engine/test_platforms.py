@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmdet_lors.adamixer.folding import folded_state_dict
-from mmdet_lors.adamixer.sampling import arrange
+from mmdet_lors.adamixer.sampling_backends import arrange
 from mmdet_lors.analysis import study
+from mmdet_lors.conversion.folding import folded_state_dict
 from mmdet_lors.engine import machine
 from mmdet_lors.engine.amp import CPUAmpOptimWrapper
 from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint

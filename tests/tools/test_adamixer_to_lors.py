@@ -7,7 +7,7 @@ import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_lors
 from mmdet.registry import MODELS
 
-from mmdet_lors.adamixer.folding import folded_state_dict
+from mmdet_lors.conversion.folding import folded_state_dict
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
 from mmdet_lors.errors import UserError
 

@@ -9,7 +9,7 @@ from conftest import LORS_DIGITS, load_config, load_tool, random_lors, refused
 from mmdet.structures import DetDataSample
 from torch import nn
 
-from mmdet_lors.adamixer.export import TensorDetector
+from mmdet_lors.conversion.export import TensorDetector
 from mmdet_lors.errors import UserError
 
 onnx = pytest.importorskip("onnx")

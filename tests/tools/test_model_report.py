@@ -9,9 +9,9 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool
 from mmcv.ops import DeformConv2dPack, ModulatedDeformConv2dPack
 from torch import nn
 
-from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.adamixer.stage import QuerySelfAttention
 from mmdet_lors.analysis.complexity import OperationCounter, Report, component, measure
+from mmdet_lors.conversion.folding import folded_config
 from mmdet_lors.errors import UserError
 
 TOOL = "analysis_tools/model_report.py"

@@ -12,8 +12,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmdet_lors.adamixer.reference import DROPPED, convert, rename, settings
 from mmdet_lors.analysis.complexity import build_on_meta
+from mmdet_lors.conversion.reference import DROPPED, convert, rename, settings
 
 sys.path.append(str(ROOT / "tests/adamixer"))
 test_golden = importlib.import_module("test_golden")

@@ -116,7 +116,7 @@ def test_a_picture_goes_in_and_boxes_come_out(page, tiny_digits, tmp_path):
 
 @needs_browser
 def test_the_slider_leaves_boxes_out(page):
-    page.get_by_role("button", name="Take an example").click()
+    page.get_by_role("button", name="Try an example").click()
     page.get_by_text("20 boxes with a score above 0.00").wait_for()
     before = page.locator("img[src^='data:image/jpeg']").get_attribute("src")
     for _ in range(2):  # by 10 of the 20 steps each
@@ -140,7 +140,7 @@ def test_a_bad_upload_gives_a_message(page, data, message):
     page.get_by_role("alert").get_by_text(message).wait_for()
     assert "Traceback" not in page.content()
     # The page goes on working.
-    page.get_by_role("button", name="Take an example").click()
+    page.get_by_role("button", name="Try an example").click()
     page.get_by_text("20 boxes").wait_for()
     assert page.get_by_role("alert").inner_text() == ""
 

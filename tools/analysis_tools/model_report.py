@@ -12,9 +12,9 @@ from pathlib import Path
 from mmdet.utils import register_all_modules
 from rich.table import Table
 
-from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
 from mmdet_lors.analysis.output import console
+from mmdet_lors.conversion.folding import folded_config
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json

@@ -34,7 +34,7 @@ from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST
 from mmdet_lors.lors.stack import StackedWeight
-from mmdet_lors.lors.static import LowRankResidual
+from mmdet_lors.lors.static import PrivateLORST
 from mmdet_lors.valid_json import to_json
 
 ADAPTIVE_NAMES = ("M, channel mixing (LORSA)", "S, spatial mixing (LORSA)")
@@ -132,7 +132,7 @@ def inner_products(tensors: Sequence[Tensor | None]) -> Tensor:
     return gram
 
 
-def low_rank_singular_values(private: LowRankResidual | None) -> Tensor:
+def low_rank_singular_values(private: PrivateLORST | None) -> Tensor:
     """Singular values of B A, from the triangular factors of B and A^T, in float64."""
     if private is None:
         return torch.zeros(0, dtype=torch.float64)
@@ -171,7 +171,7 @@ def report_lorsa(lorsa: LORSA) -> Iterator[SharedWeightReport]:
 
 
 def report_static(
-    name: str, unit: str, shared: Tensor | None, private: Sequence[LowRankResidual | None]
+    name: str, unit: str, shared: Tensor | None, private: Sequence[PrivateLORST | None]
 ) -> SharedWeightReport:
     """The report of a weight W_i = W_shared + B_i A_i."""
     products = [None if p is None else p.B @ p.A for p in private]

@@ -23,8 +23,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor
 
-from mmdet_lors.adamixer.export import TensorDetector
-from mmdet_lors.adamixer.folding import folded_config, folded_state_dict
+from mmdet_lors.conversion.export import TensorDetector
+from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.engine.checkpoint.trained import read_config, read_weights
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 
-from mmdet_lors.adamixer.folding import folded_config, folded_state_dict
+from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
 from mmdet_lors.engine.checkpoint.trained import read_config, read_weights
 from mmdet_lors.engine.launch import run

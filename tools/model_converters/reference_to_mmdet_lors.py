@@ -10,8 +10,8 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from torch import Tensor, nn
 
-from mmdet_lors.adamixer.reference import DROPPED, convert, settings
 from mmdet_lors.analysis.complexity import build_on_meta
+from mmdet_lors.conversion.reference import DROPPED, convert, settings
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError

@@ -11,8 +11,8 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from mmdet_lors.adamixer.folding import folded_config
 from mmdet_lors.analysis.complexity import OperationCounter, encoder_parameters, measure
+from mmdet_lors.conversion.folding import folded_config
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.lors import LORSA, LORST
 from mmdet_lors.pela import compress

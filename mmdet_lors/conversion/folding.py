@@ -5,7 +5,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from .detector import QueryBased
+from mmdet_lors.adamixer import QueryBased
 
 
 def folded_config(model_cfg: dict) -> dict | None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .detector import QueryBased
+from mmdet_lors.adamixer import QueryBased
 
 
 class TensorDetector(nn.Module):
@@ -41,8 +41,4 @@ class TensorDetector(nn.Module):
         feats = self.detector.extract_feat((images - self.mean) / self.std)
         # The start is the same for all images; a list of B sizes would fix the batch while an export traces.
         xyzr, content = (x.expand(batch, -1, -1) for x in self.detector.query_generator([images.shape[-2:]]))
-        output = decoder(feats, xyzr, content)[-1]
-        scores = output.cls_score.sigmoid().flatten(1)
-        scores, index = scores.topk(min(decoder.max_per_img, scores.shape[1]))
-        queries = (index // decoder.num_classes)[..., None].expand(-1, -1, 4)
-        return output.bboxes.gather(1, queries), scores, index % decoder.num_classes
+        return decoder.best(decoder(feats, xyzr, content)[-1])
