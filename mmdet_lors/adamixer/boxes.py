@@ -25,17 +25,17 @@ def refine_xyzr(xyzr: Tensor, delta: Tensor) -> Tensor:
     return torch.cat([centre, xyzr[..., 2:] + delta[..., 2:]], dim=-1)
 
 
-def log_iof(xyzr: Tensor, eps: float = 1e-7) -> Tensor:
-    """(B, N, 4) positions -> (B, N, N), log(IoF(box_i, box_j) + eps): intersection over the area of box i."""
+def log_iof(xyzr: Tensor) -> Tensor:
+    """(B, N, 4) positions -> (B, N, N), log(IoF(box_i, box_j) + 1e-7): intersection over the area of box i."""
     boxes = xyzr_to_xyxy(xyzr)
-    return torch.log(bbox_overlaps(boxes, boxes, mode="iof") + eps)
+    return torch.log(bbox_overlaps(boxes, boxes, mode="iof") + 1e-7)
 
 
-def position_encoding(xyzr: Tensor, dim: int, temperature: float = 10000) -> Tensor:
+def position_encoding(xyzr: Tensor, dim: int) -> Tensor:
     """(..., 4) positions -> (..., dim): d/4 interleaved sin/cos features of each of (x/1000, y/1000, z, r)."""
     features = dim // 4
     pair = torch.arange(features, dtype=xyzr.dtype, device=xyzr.device) // 2
-    frequency = torch.exp(pair * (-2 * math.log(temperature) / features))
+    frequency = torch.exp(pair * (-2 * math.log(10000) / features))
     scale = xyzr.new_tensor([1e-3, 1e-3, 1, 1])
     angle = (xyzr * scale)[..., None] * frequency
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)

@@ -19,7 +19,6 @@ def build_compressed(
     ratio: float,
     omit: Sequence[str] = OMIT,
     ranks: Mapping[str, int] | None = None,
-    randomized: bool = False,
 ) -> nn.Module:
     """Build a model of the registry in its compressed form: the structure first, weights when they are loaded.
 
@@ -30,7 +29,7 @@ def build_compressed(
 
     Args:
         model: config of the model.
-        ratio, omit, ranks, randomized: see :func:`mmdet_lors.pela.compress`.
+        ratio, omit, ranks: see :func:`mmdet_lors.pela.compress`.
 
     Raises:
         UserError: a setting with which it cannot be compressed.
@@ -38,7 +37,7 @@ def build_compressed(
     # A copy: mmdet's DETRs write into their config, which could not be built again.
     built = MODELS.build(deepcopy(model))
     try:
-        compress(built, ratio, omit, ranks, approximate=False, inplace=True, randomized=randomized)
+        compress(built, ratio, omit, ranks, approximate=False, inplace=True)
     except ValueError as error:
         raise UserError(f"{model['type']} cannot be compressed: {error}") from error
     built.register_load_state_dict_post_hook(_warn_of_missing_factors)
@@ -51,19 +50,18 @@ def build_compressed_backbone(
     ratio: float,
     omit: Sequence[str] = OMIT,
     ranks: Mapping[str, int] | None = None,
-    randomized: bool = False,
     init_cfg: dict | None = None,
 ) -> nn.Module:
     """A detector's backbone in its compressed form, see :func:`build_compressed`.
 
     Args:
         backbone: config of any registered backbone.
-        ratio, omit, ranks, randomized: see :func:`mmdet_lors.pela.compress`.
+        ratio, omit, ranks: see :func:`mmdet_lors.pela.compress`.
         init_cfg: the backbone's own, if it is given here; a checkpoint before or after compression.
     """
     if init_cfg is not None:
         backbone = dict(backbone, init_cfg=init_cfg)
-    return build_compressed(backbone, ratio, omit, ranks, randomized)
+    return build_compressed(backbone, ratio, omit, ranks)
 
 
 def _warn_of_missing_factors(model: nn.Module, incompatible_keys) -> None:

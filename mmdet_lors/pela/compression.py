@@ -51,7 +51,6 @@ def compress(
     ranks: Mapping[str, int] | None = None,
     approximate: bool = True,
     inplace: bool = False,
-    randomized: bool = False,
 ) -> tuple[nn.Module, list[CompressedLayer]]:
     r"""Make every Linear of a model a :class:`LowRankLinear` of rank floor(in * out / (ratio * (in + out))).
 
@@ -68,7 +67,6 @@ def compress(
         approximate: ``False`` makes the structure alone, with new factors: for models of random weights, on the meta
             device, or whose weights are yet to be loaded.
         inplace: change ``model`` instead of a copy of it.
-        randomized: see :func:`best_factors`.
 
     Returns:
         The compressed model, and what became of each layer (of several that share a weight, of the first).
@@ -99,7 +97,7 @@ def compress(
         linear = model.get_submodule(path)
         weight = linear.weight
         known = factors.get(weight)
-        layer = LowRankLinear.take(linear, rank, approximate and known is None, randomized)
+        layer = LowRankLinear.take(linear, rank, approximate and known is None)
         if known is not None:
             layer.U, layer.V = known
             continue

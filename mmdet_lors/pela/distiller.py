@@ -30,7 +30,7 @@ class PELADistiller(BaseModel):
         teacher: config of a classifier whose modes 'loss', 'predict' and 'tensor' are mmengine's, and which has its
             network as ``network``: :class:`~mmdet_lors.classification.TimmClassifier`.
         teacher_checkpoint: the network's weights, a file or 'timm://NAME'.
-        ratio, omit, ranks, randomized: see :func:`mmdet_lors.pela.compress`.
+        ratio, omit, ranks: see :func:`mmdet_lors.pela.compress`.
         student: settings of the student that differ from the teacher's, such as another drop path rate.
         feature_loss, perturbation_loss: configs of L_fd and L_rwp, whose ``loss_weight`` is alpha and beta; None leaves
             one out.
@@ -48,13 +48,12 @@ class PELADistiller(BaseModel):
         ratio: float,
         omit: Sequence[str] = OMIT,
         ranks: Mapping[str, int] | None = None,
-        randomized: bool = False,
         student: dict | None = None,
         feature_loss: dict | None = None,
         perturbation_loss: dict | None = None,
         blocks: str = BLOCKS,
     ) -> None:
-        student = build_compressed(merged(teacher, student or {}), ratio, omit, ranks, randomized)
+        student = build_compressed(merged(teacher, student or {}), ratio, omit, ranks)
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student = student
         self.feature_loss = feature_loss and MODELS.build(feature_loss)

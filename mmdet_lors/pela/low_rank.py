@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from mmdet_lors.lors.computed import ComputesWeights, computed_weight
 
-OVERSAMPLING, POWER_ITERATIONS = 16, 4
-"""Of the randomised SVD: extra directions that it draws, and turns that it takes to find the leading ones."""
-
 
 def start_std(in_features: int, rank: int) -> float:
     """Standard deviation of both factors at which V U^T has the variance of a new nn.Linear's weight, 1 / (3 in)."""
@@ -18,7 +15,7 @@ def start_std(in_features: int, rank: int) -> float:
 
 
 @torch.no_grad()
-def best_factors(weight: Tensor, rank: int, randomized: bool = False) -> tuple[Tensor, Tensor]:
+def best_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     r"""The best approximation of a weight that has this rank, :math:`W \approx V U^T`, half of each singular value
     on either side: :math:`U^T U = V^T V = \Sigma_r`.
 
@@ -30,21 +27,13 @@ def best_factors(weight: Tensor, rank: int, randomized: bool = False) -> tuple[T
     Args:
         weight: (out, in).
         rank: r, at most min(in, out).
-        randomized: let :func:`torch.svd_lowrank` find Q, which is near the best but not the best. Its random numbers
-            are always the same ones, and the caller's generator is left as it was.
 
     Returns:
         U (in, r) and V (out, r), of the weight's dtype and device. Source: PELA paper, equations 2 and 3.
     """
     tall = weight.shape[0] > weight.shape[1]
     W = in_float64(weight.T if tall else weight)
-    if randomized:
-        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-            torch.manual_seed(0)
-            Q = torch.svd_lowrank(W.float(), min(rank + OVERSAMPLING, len(W)), POWER_ITERATIONS)[0]
-        Q = Q[:, :rank].double()
-    else:
-        Q = torch.linalg.eigh(W @ W.T)[1][:, -rank:].flip(1)
+    Q = torch.linalg.eigh(W @ W.T)[1][:, -rank:].flip(1)
     projected = W.T @ Q
     values = projected.norm(dim=0)
     dead = values <= torch.finfo(values.dtype).eps * max(W.shape) * values.max()
@@ -78,7 +67,6 @@ class LowRankLinear(ComputesWeights):
         in_features, out_features: size of the map.
         rank: r.
         bias: whether it has b.
-        randomized: how a whole weight is factorised when it is loaded, see :func:`best_factors`.
         device, dtype: of its parameters.
     """
 
@@ -88,13 +76,12 @@ class LowRankLinear(ComputesWeights):
         out_features: int,
         rank: int,
         bias: bool = True,
-        randomized: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.randomized, self._plain_class = randomized, nn.Linear
+        self._plain_class = nn.Linear
         self.U = nn.Parameter(torch.empty(in_features, rank, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -109,17 +96,16 @@ class LowRankLinear(ComputesWeights):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def take(cls, linear: nn.Linear, rank: int, approximate: bool = True, randomized: bool = False) -> "LowRankLinear":
+    def take(cls, linear: nn.Linear, rank: int, approximate: bool = True) -> "LowRankLinear":
         """Make a Linear low-rank: the same object, so that it keeps what is attached to it or refers to it.
 
         Args:
             linear: it has an ordinary weight; its bias stays the same parameter.
             rank: r.
             approximate: ``False`` starts U and V anew, without reading the weight.
-            randomized: see :func:`best_factors`.
         """
         weight, kind = linear.weight, type(linear)
-        new = cls(*weight.shape[::-1], rank, False, randomized, device=weight.device, dtype=weight.dtype)
+        new = cls(*weight.shape[::-1], rank, False, device=weight.device, dtype=weight.dtype)
         if approximate:
             new.fill(weight)
         for factor in (new.U, new.V):
@@ -128,20 +114,18 @@ class LowRankLinear(ComputesWeights):
         others = {name: p for name, p in linear._parameters.items() if name != "weight"}
         linear.__class__ = cls
         linear._parameters = dict(U=new.U, V=new.V, **others)
-        linear.rank, linear.randomized, linear._plain_class = rank, randomized, kind
+        linear.rank, linear._plain_class = rank, kind
         return linear
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, rank: int, approximate: bool = True, randomized: bool = False
-    ) -> "LowRankLinear":
+    def from_linear(cls, linear: nn.Linear, rank: int, approximate: bool = True) -> "LowRankLinear":
         """:meth:`take` of another object, which has the Linear's bias and hooks; the Linear is left as it is."""
-        return cls.take(_twin(linear), rank, approximate, randomized)
+        return cls.take(_twin(linear), rank, approximate)
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         """Make V U^T the best approximation of a weight (out, in)."""
-        U, V = best_factors(weight.to(self.U.device), self.rank, self.randomized)
+        U, V = best_factors(weight.to(self.U.device), self.rank)
         self.U.copy_(U)
         self.V.copy_(V)
 
@@ -161,7 +145,7 @@ class LowRankLinear(ComputesWeights):
         weight.__dict__.update(self.U.__dict__)
         others = {name: p for name, p in self._parameters.items() if name not in ("U", "V")}
         kind = self._plain_class
-        del self.rank, self.randomized, self._plain_class
+        del self.rank, self._plain_class
         self.__class__ = kind
         self._parameters = dict(weight=weight, **others)
         return self
@@ -179,7 +163,7 @@ class LowRankLinear(ComputesWeights):
         if weight is not None and prefix + "U" not in state_dict:
             del state_dict[prefix + "weight"]
             if weight.shape == (self.out_features, self.in_features) and torch.isfinite(weight).all():
-                U, V = best_factors(weight.to(self.U.device), self.rank, self.randomized)
+                U, V = best_factors(weight.to(self.U.device), self.rank)
                 state_dict.update({prefix + "U": U, prefix + "V": V})
             elif weight.shape == (self.out_features, self.in_features):
                 errors.append(f"{prefix}weight holds values that are not finite")

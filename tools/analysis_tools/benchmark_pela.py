@@ -84,6 +84,13 @@ def all_layers(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Callabl
     return call
 
 
+def lowrank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same by :func:`torch.svd_lowrank`, with 16 directions and 4 turns more: near the best, but not the best."""
+    left, values, right = torch.svd_lowrank(weight, min(rank + 16, *weight.shape), niter=4)
+    half = values[:rank].sqrt()
+    return right[:, :rank] * half, left[:, :rank] * half
+
+
 def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """What :func:`best_factors` does, by a whole SVD in the weight's own precision."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -129,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict:
     weights, ranks = [layer.weight for layer in sides[0]], [layer.rank for layer in report]
     ways = {
         "exact": best_factors,
-        "randomised": lambda weight, rank: best_factors(weight, rank, randomized=True),
+        "torch.svd_lowrank": lowrank_factors,
         "torch.linalg.svd": svd_factors,
     }
     return dict(
