@@ -29,7 +29,7 @@ def check_lors(lors: dict | None) -> dict[str, dict]:
     """The halves of a ``lors`` field that are switched on.
 
     Raises:
-        UserError: an unknown half or field, a half that is no dict, or no half at all.
+        UserError: an unknown half or field, a half that is not a dict, or no half at all.
     """
     if lors is None:
         return {}

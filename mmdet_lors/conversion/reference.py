@@ -79,7 +79,7 @@ def convert(state_dict: Mapping[str, Tensor], num_groups: int) -> dict[str, Tens
             continue
         ours = rename(key, hidden)
         if ours is None:
-            raise KeyError(f"{key} is no weight of the reference AdaMixer or LORS")
+            raise KeyError(f"{key} is not a weight of the reference AdaMixer or LORS")
         if re.search(r"lorsa\.private\.\d+\.A\.", ours):
             value = value.unflatten(0, (num_groups, -1)).flatten(1, 2)
         elif re.search(r"lorsa\.private\.\d+\.B\.", ours):
@@ -104,7 +104,7 @@ def settings(state_dict: Mapping[str, Tensor]) -> dict[str, dict]:
     lors_key = "roi_head.adaptive_mixing.common_parameter_generator.weight"
     plain_key = "roi_head.bbox_head.0.sampling_n_mixing.adaptive_mixing.parameter_generator.0.weight"
     if lors_key not in state_dict and plain_key not in state_dict:
-        raise UserError(f"no reference AdaMixer or LORS: neither {plain_key} nor {lors_key} is in it")
+        raise UserError(f"not a reference AdaMixer or LORS: neither {plain_key} nor {lors_key} is in it")
     shape = partial(_shape, state_dict)
     num_stages = len({match.group(1) for key in state_dict if (match := re.match(_STAGE, key))})
     num_queries, content_dim = shape("rpn_head.init_content_features.weight", 2)

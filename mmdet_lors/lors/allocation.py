@@ -15,7 +15,7 @@ def per_layer(field: str, value: PerLayer, num_layers: int, minimum: int) -> lis
         minimum: the smallest value allowed.
 
     Raises:
-        ValueError: a list of another length, an entry that is no integer or is below ``minimum``.
+        ValueError: a list of another length, an entry that is not an integer or is below ``minimum``.
     """
     if isinstance(value, Sequence) and not isinstance(value, str):
         values = list(value)

@@ -21,7 +21,7 @@ class ComputedWeight(Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, remedy: str) -> Tensor:
-        """The same tensor, whose error message tells ``remedy``; a parameter stays one, for writing to it works."""
+        """The same tensor, with ``remedy`` as its error message; a parameter stays one, since it can be written to."""
         if isinstance(weight, nn.Parameter) or torch.compiler.is_compiling():
             return weight
         computed = weight.as_subclass(cls)
@@ -77,7 +77,7 @@ def _guarded(result: object, sources: list[ComputedWeight]) -> object:
 
 
 class computed_weight(property):  # noqa: N801, used as ``property`` is
-    """A weight that is computed by ``self.<by>()``; ``remedy`` is what one is told who sets it or writes into it."""
+    """A weight that is computed by ``self.<by>()``; a write into it raises an error that says ``remedy``."""
 
     def __init__(self, by: str, remedy: str) -> None:
         def get(module: nn.Module) -> Tensor:

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 class Fingerprint(NamedTuple):
-    """What tells whether tensors are still what they were."""
+    """Shows whether tensors have changed since it was taken."""
 
     kinds: list[tuple]
     """Device, data type, shape and version of each."""
     sketch: Tensor
-    """Of every row its product with one fixed vector, on the host: it sees what versions do not."""
+    """The product of every row with one fixed vector, on the host: it sees writes that versions do not."""
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "Fingerprint":
-        """One matrix-vector product per tensor, and one transfer for all."""
+        """Take it: one matrix-vector product per tensor, and one transfer for all."""
         kinds, products = [], []
         for t in tensors:
             kinds.append((t.device, t.dtype, t.shape, None if t.is_inference() else t._version))
@@ -35,15 +35,15 @@ class Fingerprint(NamedTuple):
 class Servable(nn.Module):
     """A stack of ``num_layers`` layers whose low-rank parts can be folded away while it serves.
 
-    What is folded is no parameter and no buffer: it is in no state dict and no pickle. It is never older than the
-    weights: every pass compares their :class:`Fingerprint` with that of the weights that were folded, and folds anew
-    where it differs. Version counters see writes in place, optimizer steps and loaded state dicts, to the last bit.
-    The sketch sees what has no version: writes through ``.data`` (mmengine's EMA), NumPy or another process. It may
-    miss such a write where it is lost in rounding, below about 1e-6 of a row's norm. That costs one reading of the
-    parameters a pass.
+    Folded weights are neither parameters nor buffers, and are in no state dict and no pickle. They are never older than
+    the parameters: every pass compares the :class:`Fingerprint` of the parameters with the one taken when they were
+    folded, and folds again where they differ. Version counters see writes in place, optimizer steps and loaded state
+    dicts, to the last bit. The sketch sees what has no version: writes through ``.data`` (mmengine's EMA), NumPy or
+    another process. It may miss such a write where it is lost in rounding, below about 1e-6 of a row's norm. The
+    comparison reads the parameters once a pass.
 
-    Not folded are passes that may want gradients of the parameters, and those that are traced, compiled, exported or
-    captured: these read the parameters.
+    Passes that may need gradients of the parameters, and those that are traced, compiled, exported or captured, do not
+    use the folded weights: they read the parameters.
     """
 
     num_layers: int

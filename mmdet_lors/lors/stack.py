@@ -1,6 +1,6 @@
 """LORS for any stack: named weights of a sequence of layers become LORST, whatever the layers are made of.
 
-A layer's own code stays as it is. It goes on reading ``module.weight`` (or ``in_proj_weight``), which is now computed
+A layer's own code stays as it is. It still reads ``module.weight`` (or ``in_proj_weight``), which is now computed
 when it is read: W_shared + B A. That costs out * in * K * r multiply-adds per use, against tokens * out * in of the
 product it is read for.
 """
@@ -188,7 +188,7 @@ def fold_stack(layers: Iterable[nn.Module]) -> None:
 def plain_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError]]]:
     """Within this context the layers are plain, to initialise them or to load plain weights; then they share again.
 
-    Where a weight was changed meanwhile, its stack starts anew from the plain weights, as ``init`` of
+    Where a weight was changed meanwhile, its stack starts again from the plain weights, as ``init`` of
     :func:`share_stack` said. The shared and private parameters remain the same objects: an optimizer keeps them.
 
     Args:
@@ -233,7 +233,7 @@ def _switches(places: Sequence[_Place]) -> list[bool]:
 
 @torch.no_grad()
 def _restart(stack: Sequence[StackedWeight], weights: Sequence[Tensor]) -> list[FitError]:
-    """Fill a stack anew from plain weights, in place."""
+    """Fill a stack again from plain weights, in place."""
     first = stack[0]
     lorst, errors = _lorst(weights, [weight.rank for weight in stack], first.init, first.turns)
     first.shared.copy_(lorst.shared)

@@ -61,7 +61,7 @@ def resolve(layers: Sequence[nn.Module], targets: Sequence[str]) -> dict[str, st
             theirs = _find(field, pattern, i, layer)
             if different := sorted(set(names) ^ set(theirs)):
                 has, has_not = (0, i) if different[0] in names else (i, 0)
-                raise ValueError(f"{field}: layer {has} has {different[0]}, layer {has_not} has not")
+                raise ValueError(f"{field}: layer {has} has {different[0]}, layer {has_not} does not")
         for name in names:
             if name in found:
                 raise ValueError(f"{field} and {found[name]!r} both mean {name}")

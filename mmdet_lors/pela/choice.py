@@ -102,7 +102,7 @@ def _why_whole(linear: nn.Linear) -> str | None:
 
 
 def _not_linear(model: nn.Module) -> tuple[int, list[str]]:
-    """How many layers hold matrices and are no Linear, and which, the most frequent kind first."""
+    """How many layers hold matrices but are not Linears, and which, the most frequent kind first."""
     found: dict[str, dict[nn.Module, list[str]]] = defaultdict(dict)
     for name, module in model.named_modules():
         if ".parametrizations" in f".{name}":

@@ -25,12 +25,12 @@ class CompressedLayer:
 
     @property
     def multiply_adds_before(self) -> int:
-        """Of the Linear, per token."""
+        """Multiply-adds of the Linear per token."""
         return self.in_features * self.out_features
 
     @property
     def multiply_adds_after(self) -> int:
-        """Of the two factors, per token."""
+        """Multiply-adds of the two factors per token."""
         return self.rank * (self.in_features + self.out_features)
 
     @property

@@ -22,8 +22,8 @@ from .tokens import BLOCKS, block_names, record_tokens
 class PELADistiller(BaseModel):
     r"""Trains a compressed model: :math:`L = L_{base} + \alpha L_{fd} + \beta L_{rwp}` (PELA paper, equation 7).
 
-    The student starts as the factorised teacher. The teacher is in evaluation mode and without gradients whatever the
-    model is told; it is in neither ``parameters()`` nor ``state_dict()``, and ``init_weights`` reads it from its
+    The student starts as the factorised teacher. The teacher is always in evaluation mode and without
+    gradients; it is in neither ``parameters()`` nor ``state_dict()``, and ``init_weights`` reads it from its
     own file, when training starts and when it resumes. For prediction this model is its student.
 
     Args:

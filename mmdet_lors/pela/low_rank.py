@@ -102,7 +102,7 @@ class LowRankLinear(ComputesWeights):
         Args:
             linear: it has an ordinary weight; its bias stays the same parameter.
             rank: r.
-            approximate: ``False`` starts U and V anew, without reading the weight.
+            approximate: ``False`` initialises U and V, without reading the weight.
         """
         weight, kind = linear.weight, type(linear)
         new = cls(*weight.shape[::-1], rank, False, device=weight.device, dtype=weight.dtype)

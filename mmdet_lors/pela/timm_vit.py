@@ -36,7 +36,7 @@ class TimmViT(BaseModule):
         try:
             self.vit = timm.create_model(model_name, num_classes=0, **size, **dict(vit or {}))
         except (RuntimeError, TypeError) as error:
-            raise UserError(f"backbone.model_name {model_name!r} is no ViT of timm: {error}") from error
+            raise UserError(f"backbone.model_name {model_name!r} is not a ViT of timm: {error}") from error
 
     def init_weights(self) -> None:
         """Load the ViT's weights, if there are any to load; everything else keeps PyTorch's start."""
@@ -46,7 +46,7 @@ class TimmViT(BaseModule):
         weights = read_weights(path)
         prefix = next((key.removesuffix(PATCHES) for key in weights if key.endswith(PATCHES)), None)
         if prefix is None:
-            raise UserError(f"checkpoint {path} has no {PATCHES}: it holds no ViT of timm")
+            raise UserError(f"checkpoint {path} has no {PATCHES}: it does not hold a ViT of timm")
         weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
         try:
             if POSITIONS in weights and weights[POSITIONS].shape[1] != self.vit.pos_embed.shape[1]:

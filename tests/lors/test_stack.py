@@ -562,7 +562,7 @@ def parametrised() -> list[nn.Module]:
         ),
         (
             dict(layers=[nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))], targets="*weight"),
-            r"targets\[0\] '\*weight': layer 1 has 0.weight, layer 0 has not",
+            r"targets\[0\] '\*weight': layer 1 has 0.weight, layer 0 does not",
         ),
         (dict(layers=already()), "targets: layer 1's attn.qkv.weight is shared already"),
         (

@@ -152,13 +152,13 @@ def test_pyramid_refuses(tmp_path):
     torch.save(other.state_dict(), tmp_path / "shallow.pth")
     for name, message in [
         ("missing", "checkpoint .* does not exist"),
-        ("other", "holds no ViT of timm"),
+        ("other", "does not hold a ViT of timm"),
         ("shallow", r"lacks \d+ of the ViT's weights \(blocks.1"),
     ]:
         init_cfg = ConfigDict(type="Pretrained", checkpoint=str(tmp_path / f"{name}.pth"))
         with pytest.raises(UserError, match=message):
             MODELS.build(dict(PYRAMID, init_cfg=init_cfg)).init_weights()
-    with pytest.raises(UserError, match="model_name 'vit_enormous' is no ViT of timm"):
+    with pytest.raises(UserError, match="model_name 'vit_enormous' is not a ViT of timm"):
         MODELS.build(dict(PYRAMID, model_name="vit_enormous"))
     with pytest.raises(UserError, match="init_cfg must be of type 'Pretrained', got 'Normal'"):
         MODELS.build(dict(PYRAMID, init_cfg=dict(type="Normal")))

@@ -200,7 +200,7 @@ def test_every_weight_is_needed(kind, refused):
 @pytest.mark.parametrize("extra", ["roi_head.mask_head.weight", "ema_backbone_conv1_weight", "decoder.x"])
 def test_a_weight_that_is_not_the_references(kind, extra, refused):
     weights = golden_weights(kind) | {extra: torch.zeros(3)}
-    assert f"{extra} is no weight of the reference AdaMixer or LORS" in refused(weights)
+    assert f"{extra} is not a weight of the reference AdaMixer or LORS" in refused(weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,12 +225,12 @@ SPARSE_RCNN = {
     ids=["sparse-rcnn", "linear", "with-meta"],
 )
 def test_another_model(weights, refused):
-    assert "source.pth: no reference AdaMixer or LORS" in refused(weights)
+    assert "source.pth: not a reference AdaMixer or LORS" in refused(weights)
 
 
 def test_one_of_ours_already(refused):
     weights = convert(golden_weights("lors"), 2)
-    assert "no reference AdaMixer or LORS" in refused(weights)
+    assert "not a reference AdaMixer or LORS" in refused(weights)
 
 
 @pytest.mark.parametrize("contents", [{}, dict(state_dict={}), dict(state_dict=dict(a=3)), [1]])
