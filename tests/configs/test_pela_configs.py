@@ -54,9 +54,10 @@ def load(name: str) -> Config:
 @cache
 def build(name: str) -> nn.Module:
     """Its model on the meta device; any warning is an error, such as one of an omitted name that is not there."""
+    cfg = load(name)  # mmengine warns here of pkg_resources
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return build_without_weights(load(name).model)
+        return build_without_weights(cfg.model)
 
 
 def count(module: nn.Module) -> int:
