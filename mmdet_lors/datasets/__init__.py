@@ -1,4 +1,4 @@
-"""Data sets that refuse or skip bad data, and say so: annotation files, images, boxes; and their evaluation."""
+"""Data sets that refuse or skip bad annotation files, images and boxes, and report it; and their evaluation."""
 
 from .coco import CheckedCocoDataset
 from .evaluation import EvaluatedDataHook

@@ -1,6 +1,6 @@
-"""COCO annotation files: what cannot be right is refused, what COCO itself contains is skipped and counted.
+"""Checks of COCO annotation files: what cannot be right is refused, what COCO itself contains is skipped and counted.
 
-The one table of rules, for the check before a run, the data set and the metric; docs/reliability.md has it in words.
+The check before a run, the data set and the metric all use these rules; docs/reliability.md lists them.
 """
 
 import gc
@@ -22,24 +22,24 @@ DIGITS_HINT = "make it with: python tools/dataset_converters/digits_to_coco.py"
 OWN_HINT = "check the config's paths, which start from the folder that the command runs in"
 
 MAX_BEYOND = 0.5
-"""Share of boxes that may reach out of their image: above it they are not [x, y, width, height] in its pixels."""
+"""Largest share of boxes that may extend beyond their image; above it they are not [x, y, width, height] in pixels."""
 MAX_AREA = 1e10
-"""pycocotools leaves larger objects out of every figure."""
+"""Area in pixels above which pycocotools leaves an object out of every metric."""
 NO_MATCH = ": COCO's evaluation reads 0 as 'no match'; count annotations from 1"
 
 
 def hint(path: Path) -> str:
-    """How to get the data that are missing at this path."""
+    """How to get the data that is missing at this path."""
     if "digits" in path.parts:
         return DIGITS_HINT
     return COCO_HINT if "coco" in path.parts else OWN_HINT
 
 
 def read_annotations(path: Path) -> dict:
-    """A COCO annotation file.
+    """Read a COCO annotation file.
 
     Raises:
-        UserError: no such file, no JSON, or no COCO data set.
+        UserError: the file does not exist, is not JSON, or is not a COCO data set.
     """
     if not path.is_file():
         raise UserError(f"annotation file {path} does not exist; {hint(path)}")
@@ -48,17 +48,17 @@ def read_annotations(path: Path) -> dict:
             content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, deep nesting
-        raise UserError(f"annotation file {path} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits, deep nesting
+        raise UserError(f"annotation file {path} is not JSON: {error}") from error
     missing = [k for k in ("images", "categories") if not isinstance(content, dict) or k not in content]
     if missing:
-        raise UserError(f"annotation file {path} is no COCO data set: it has no {' and no '.join(missing)}")
+        raise UserError(f"annotation file {path} is not a COCO data set: it has no {' and no '.join(missing)}")
     return content
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Millions of new objects, none of them garbage: Python's collector would look at all of them, again and again."""
+    """Pause Python's garbage collector, which would scan millions of new objects again and again for nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -77,15 +77,15 @@ def check_annotations(
         content: what :func:`read_annotations` returned.
         path: its file, for messages.
         classes: the config's classes; None: all categories.
-        evaluated: whether it is for validation or test, where COCO's evaluation reads more fields and images without
-            annotations are what a test server gives out; otherwise for training.
-        masks: whether masks are evaluated, too.
+        evaluated: whether it is for validation or test, where COCO's evaluation reads more fields, and where a test
+            server's file has images without annotations; otherwise it is for training.
+        masks: whether masks are evaluated as well.
 
     Returns:
-        What is skipped or looks odd, one line a kind, with the number and the first one.
+        What is skipped or looks wrong: one line per kind, with the number of entries and the first of them.
 
     Raises:
-        UserError: the first kind of what is refused, with the first one and the number.
+        UserError: the first kind of entry that is refused, with the first such entry and their number.
     """
     category_ids = check_categories(content, path, classes)
     images, categories = (Table(path, content, name) for name in ("images", "categories"))
@@ -132,7 +132,7 @@ def check_annotations(
         annotations.refuse(
             outside | beyond,
             lambda row: (
-                f"has bbox {short(row['bbox'])}, which reaches out of its image, as do more than "
+                f"has bbox {short(row['bbox'])}, which extends beyond its image, as do more than "
                 f"{MAX_BEYOND:.0%} of all; it must be [x, y, width, height] in pixels"
             ),
         )
@@ -144,29 +144,29 @@ def check_annotations(
     usable = wanted & ~ignored & ~nowhere & ~small & ~outside
     if not evaluated and not (usable & ~crowd).any():
         raise UserError(
-            f"annotation file {path} has no box to learn from: of {len(boxes)} annotations {nowhere.sum()} are of "
-            f"images that it does not have, {small.sum()} below 1 pixel, {outside.sum()} outside their image, "
+            f"annotation file {path} has no box to learn from: of {len(boxes)} annotations {nowhere.sum()} are for "
+            f"images that it does not list, {small.sum()} below 1 pixel, {outside.sum()} outside their image, "
             f"{(~wanted).sum()} of other classes, {ignored.sum()} to be ignored and {crowd.sum()} crowds"
         )
     crowds_only = np.setdiff1d(rows[usable & crowd], rows[usable & ~crowd]) if crowd.any() else np.zeros(0, int)
-    # COCO's evaluation counts every object of an image that the file has.
+    # COCO's evaluation counts every object of an image that the file lists.
     skipped = "not loaded, but counted by COCO's evaluation" if evaluated else "skipped"
     found = {
-        "annotations of images that the file does not have: skipped": nowhere,
-        f"boxes less than 1 pixel wide or high, or of no area: {skipped}": small,
-        f"boxes outside their image: {skipped}": outside,
-        f"boxes that say ignore: {skipped}": ignored,
-        "boxes that reach out of their image: clipped": beyond,
+        "are for images that the file does not list: skipped": nowhere,
+        f"have a box less than 1 pixel wide or high, or of no area: {skipped}": small,
+        f"have a box outside their image: {skipped}": outside,
+        f"are marked 'ignore': {skipped}": ignored,
+        "have a box that extends beyond their image: clipped": beyond,
     }
     lines = [
-        f"{path}: {bad.sum()} of {len(boxes)} annotations are {kind}; first {annotations.label(int(bad.argmax()))} "
+        f"{path}: {bad.sum()} of {len(boxes)} annotations {kind}; first: {annotations.label(int(bad.argmax()))} "
         f"bbox {short(annotations.rows[bad.argmax()]['bbox'])}"
         for kind, bad in found.items()
         if bad.any()
     ]
     if len(crowds_only) and not evaluated:
         lines.append(
-            f"{path}: {len(crowds_only)} images have crowd boxes alone and train as images without objects; first "
+            f"{path}: {len(crowds_only)} images have only crowd boxes and train as images without objects; first: "
             f"{images.label(int(crowds_only[0]))}"
         )
     return lines
@@ -186,10 +186,11 @@ def _check_images(images: Table) -> tuple[np.ndarray, np.ndarray, list]:
 
 
 def check_categories(content: dict, path: Path, classes: Sequence[str] | None) -> list[int]:
-    """Category ids; see :func:`check_annotations`.
+    """Check the categories and return their ids; see :func:`check_annotations`.
 
     Raises:
-        UserError: categories without id or name, two of one name, or names that are not the config's, in its order.
+        UserError: a category without id or name, two of the same name, or names that are not the config's, in its
+            order.
     """
     categories = Table(path, content, "categories")
     if not categories.rows:
@@ -197,7 +198,7 @@ def check_categories(content: dict, path: Path, classes: Sequence[str] | None) -
     ids = categories.ids("id", unique=True)
     names = categories.column("name", NAME, "a name")
     counts = Counter(names)
-    categories.refuse((counts[name] > 1 for name in names), lambda row: f"has the name {row['name']!r} of another one")
+    categories.refuse((counts[name] > 1 for name in names), lambda row: f"shares the name {row['name']!r} with another")
     unknown = [name for name in classes or () if name not in counts]
     if unknown:
         raise UserError(
@@ -211,23 +212,23 @@ def check_categories(content: dict, path: Path, classes: Sequence[str] | None) -
         if theirs != ours:
             raise UserError(
                 f"annotation file {categories.path} has category {theirs!r} where the config's classes have {ours!r}: "
-                "both must have the same order"
+                "both must list them in the same order"
             )
     return ids
 
 
 def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
-    """The classes that a config has: names, or a text file of one name a line.
+    """The class names of a config, given as names or as a text file with one name per line.
 
     Raises:
-        UserError: another string, which mmdet would read letter by letter; no names; two that are equal.
+        UserError: any other string, which mmdet would read letter by letter; no names; a name given twice.
     """
     given = classes
     if isinstance(classes, str):
         if not Path(classes).is_file():
             raise UserError(
-                f"classes {classes!r} is one string and no file of class names; of one class write ({classes!r},), "
-                "with a comma"
+                f"classes {classes!r} is a single string and not a file of class names; for one class write "
+                f"({classes!r},), with a comma"
             )
         classes = Path(classes).read_text(encoding="utf-8", errors="replace").splitlines()
     names = tuple(classes) if isinstance(classes, Iterable) else ()
@@ -236,5 +237,5 @@ def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
         raise UserError(f"classes must be the names of one class or more, got {short(bad[0] if bad else given)}")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"classes has {twice[0]!r} {names.count(twice[0])} times among its {len(names)}: once is right")
+        raise UserError(f"classes has {twice[0]!r} {names.count(twice[0])} times among its {len(names)}: list it once")
     return names

@@ -61,7 +61,7 @@ def check_dataset(dataset: dict, where: str, evaluated: bool | None = None) -> t
         Its classes, or None for a data set of another format, which is not checked.
 
     Raises:
-        UserError: what is missing or does not fit, and how to mend it.
+        UserError: what is missing or does not fit, and how to fix it.
     """
     dataset_class = _registered(dataset, DATASETS)
     if dataset_class is None:
@@ -80,7 +80,7 @@ def check_dataset(dataset: dict, where: str, evaluated: bool | None = None) -> t
 
 
 def _registered(part: dict, registry: Registry) -> type | None:
-    """The class of a part, looked for where the run will: in its own scope, or in the config's default one."""
+    """The registered class of a part, looked up as the run does: in its own scope, or in the config's default one."""
     if not isinstance(part["type"], str):
         return part["type"]
     with registry.switch_scope_and_registry(part.get("_scope_")) as scoped:
@@ -88,7 +88,7 @@ def _registered(part: dict, registry: Registry) -> type | None:
 
 
 def _check_segmentation(dataset: dict, dataset_class: type, where: str) -> tuple[str, ...] | None:
-    """The classes of a data set of mmsegmentation whose folders are there."""
+    """Check that an mmsegmentation data set's folders exist, and return its classes."""
     root = Path(dataset.get("data_root") or "")
     if not root.is_dir():
         raise UserError(f"{where}: data folder {root} does not exist; {SEGMENTATION_HINT}")
@@ -99,7 +99,7 @@ def _check_segmentation(dataset: dict, dataset_class: type, where: str) -> tuple
 
 
 def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str, evaluated: bool) -> tuple[str, ...]:
-    """The classes of a COCO-format data set whose annotation file is in order and whose images are there."""
+    """Check a COCO-format data set's annotation file and that its images exist, and return its classes."""
     root = Path(dataset.get("data_root") or "")
     if not isinstance(dataset.get("ann_file"), str):
         raise UserError(f"{where}: ann_file must be the path of an annotation file, got {dataset.get('ann_file')!r}")
@@ -107,7 +107,7 @@ def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str, eva
     images = root / dataset.get("data_prefix", {}).get("img", "")
     if not root.is_dir():
         raise UserError(f"{where}: data folder {root} does not exist; {hint(annotations)}")
-    # Others of mmdet's data sets, as LVIS and the panoptic one, have fields of their own.
+    # Other data sets of mmdet, such as LVIS and the panoptic one, have fields of their own.
     plain = dataset_class.parse_data_info is CocoDataset.parse_data_info
     file = annotation_file(annotations)
     try:
@@ -120,7 +120,7 @@ def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str, eva
             frame_of(dataset.get("pipeline", ()), dataset.get("exif"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    if not issubclass(dataset_class, CheckedCocoDataset):  # which says it in the run's own log
+    if not issubclass(dataset_class, CheckedCocoDataset):  # which writes them to the run's own log
         for line in lines:
             print_log(f"{where}: {line}", logger="current", level=logging.WARNING)
     if not images.is_dir():
@@ -131,11 +131,11 @@ def _check_coco(dataset: dict, dataset_class: type[CocoDataset], where: str, eva
 
 
 def _check_files(rows: list[dict], folder: Path, annotations: Path, share: float, where: str) -> None:
-    """Refuse images that do not exist: the first one, or in training more than may be unusable."""
+    """Refuse missing images: the data set's first one, or, in training, more than may be unusable."""
     first = folder / rows[0]["file_name"]
     if not first.is_file():
         raise UserError(f"{where}: image {first}, the first of {annotations}, does not exist{_why(first)}")
-    # One listing per folder: asking for every file takes minutes on a network's file system.
+    # One listing per folder: asking for every file takes minutes on a network file system.
     names = defaultdict(set)
     for row in rows:
         parent, _, name = row["file_name"].rpartition("/")
@@ -146,15 +146,15 @@ def _check_files(rows: list[dict], folder: Path, annotations: Path, share: float
         missing += sorted(folder / parent / name for name in wanted - there)
     if len(missing) > share * len(rows):
         raise UserError(
-            f"{where}: {len(missing)} of {len(rows)} images of {annotations} do not exist, as {missing[0]}"
+            f"{where}: {len(missing)} of {len(rows)} images of {annotations} do not exist, such as {missing[0]}"
             f"{_why(missing[0])}"
         )
     if missing:
-        print_log(f"{where}: {len(missing)} images do not exist, as {missing[0]}", "current", logging.WARNING)
+        print_log(f"{where}: {len(missing)} images do not exist, such as {missing[0]}", "current", logging.WARNING)
 
 
 def _checkpoints(node: dict, path: str) -> Iterator[tuple[str, str]]:
-    """(where, file) of every ``init_cfg`` in a model config that loads a file, and of every teacher's weights."""
+    """(where, file) of every ``init_cfg`` in a model config that loads a file, and of every teacher checkpoint."""
     for key, value in node.items():
         if key == "teacher_checkpoint" and isinstance(value, str):
             yield f"{path}.{key}", value
@@ -167,7 +167,7 @@ def _checkpoints(node: dict, path: str) -> Iterator[tuple[str, str]]:
 
 
 def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check what a run of this config reads.
+    """Check everything that a run of this config reads.
 
     Args:
         cfg: the whole config.
@@ -175,7 +175,7 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
 
     Raises:
         UserError: see :func:`check_dataset`; also a ``num_classes`` that does not match the data, data sets of
-            different classes, and, to train, a file of weights to start from that does not exist.
+            different classes, and, for training, a file of initial weights that does not exist.
     """
     if "train" in splits:
         for where, checkpoint in _checkpoints(cfg.model, "model"):
@@ -197,7 +197,7 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
                 other = next((c for c in classes if c not in known[1]), None)
                 raise UserError(
                     f"{split}_dataloader's {len(classes)} classes are not {known[0]}_dataloader's {len(known[1])}"
-                    + (f", which do not have {other!r}" if other else "")
+                    + (f", which lack {other!r}" if other else "")
                 )
             for where, num_classes in _num_classes(cfg.model, "model"):
                 if num_classes != len(classes):
@@ -209,15 +209,15 @@ def check_inputs(cfg: Config, splits: tuple[str, ...]) -> None:
 
 
 def _check_evaluator(evaluator: dict, datasets: list[dict], where: str, loader: str) -> None:
-    """Refuse an evaluator that would judge by other annotations than the data sets'; the run's hook looks closer."""
+    """Refuse an evaluator whose annotations are not the data sets'; the hook checks more once the run is built."""
     kind, path = _registered(evaluator, METRICS), evaluator.get("ann_file")
     is_coco = isinstance(kind, type) and issubclass(kind, CocoMetric)
     if not path:
         keys = [dataset["pipeline"][-1].get("meta_keys", ()) for dataset in datasets if dataset.get("pipeline")]
         if kind in (CocoMetric, CheckedCocoMetric) and not all("instances" in part for part in keys):
             raise UserError(
-                f"{where} has no ann_file and would judge by what {loader} yields, which has no ground truth: give it "
-                "the data set's ann_file, or add 'instances' to the meta_keys of PackDetInputs"
+                f"{where} has no ann_file and would evaluate against what {loader} yields, which has no ground truth: "
+                "give it the data set's ann_file, or add 'instances' to the meta_keys of PackDetInputs"
             )
         return
     file = annotation_file(path)
@@ -232,7 +232,7 @@ def _check_evaluator(evaluator: dict, datasets: list[dict], where: str, loader: 
     check_classwise(kind, evaluator.get("classwise", False), file.content["categories"], where)
     files = [str(Path(data.get("data_root") or "") / data["ann_file"]) for data in datasets if data.get("ann_file")]
     if len(files) == len(datasets):
-        pair = f"{where} judges by {path}, but {loader} loads {', '.join(files)}"
+        pair = f"{where} evaluates against {path}, but {loader} loads {', '.join(files)}"
         check_same_files(file.content, path, files, pair, masks, not evaluator.get("sort_categories"))
 
 
@@ -248,10 +248,13 @@ def _evaluators(evaluator: dict | list | None) -> list[dict]:
 def _why(path: Path) -> str:
     """Why a file may seem not to exist, or how to get it."""
     if "\\" in str(path) and Path(str(path).replace("\\", "/")).is_file():
-        return ", but does with / in place of \\: write file_name with / in the annotation file"
+        return ", but does exist with / in place of \\: write file_name with / in the annotation file"
     for key, difference in ((_composed, "how Unicode composes letters (NFC, NFD)"), (_folded, "upper and lower case")):
         if there := _alike(path, key):
-            return f", but {there} does, whose name differs in {difference}: rename it, or file_name in that file"
+            return (
+                f", but {there} does, and differs only in {difference}: rename it, or change file_name in the "
+                "annotation file"
+            )
     return f"; {hint(path)}"
 
 
@@ -264,7 +267,7 @@ def _folded(name: str) -> str:
 
 
 def _alike(path: Path, key: Callable[[str], str]) -> Path | None:
-    """A file whose path is equal to this one by ``key``."""
+    """An existing file whose path equals this one when both are mapped by ``key``."""
     here = Path(path.anchor)
     for part in path.parts[1 if path.anchor else 0 :]:
         if not (here / part).exists():

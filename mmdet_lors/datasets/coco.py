@@ -1,4 +1,4 @@
-"""mmdet's CocoDataset that checks its annotations, its images, and what the pipeline makes of them."""
+"""mmdet's CocoDataset with checks of its annotations, its images, and what the pipeline makes of them."""
 
 import logging
 from os import SEEK_END
@@ -21,23 +21,23 @@ from .unusable import MAX_UNUSABLE_SHARE, UnusableImages, check_share, reason_of
 
 @DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
-    """COCO's format; bad data are refused, or skipped and counted, but never trained on or dropped silently.
+    """COCO-format data; what is bad is refused, or skipped and counted, but never trained on or dropped silently.
 
     The annotation file is checked as it is loaded (:func:`~mmdet_lors.datasets.annotations.check_annotations`). In
-    training an image is replaced by another, random one when it cannot be read, has not the size that its annotation
-    says, when its boxes may be in another frame than its pixels (:mod:`~mmdet_lors.datasets.exif`), when a step of the
-    pipeline fails on it, or leaves boxes that are not finite. It is logged once. In validation and test such an image
-    is an error: without it the metrics would be those of another data set. ``test_mode`` says which it is, and in a run
-    :class:`~mmdet_lors.datasets.evaluation.EvaluatedDataHook`, by the loop that the data set stands in.
+    training an image is replaced by another, random one if it cannot be read, if its size is not the annotated one, if
+    its boxes may be in another frame than its pixels (:mod:`~mmdet_lors.datasets.exif`), or if a step of the pipeline
+    fails on it or leaves boxes that are not finite. It is logged once. In validation and test such an image is an
+    error: without it the metrics would be those of another data set. ``test_mode`` tells the two apart; in a run
+    :class:`~mmdet_lors.datasets.evaluation.EvaluatedDataHook` sets it, by the loop that uses the data set.
 
     Args:
-        max_unusable_share: share of all images, 0 to 1, of which each process may meet as many unusable ones.
-        exif: 'shown' or 'stored', where pictures have an EXIF orientation: the frame that boxes are in, which must be
+        max_unusable_share: largest share of all images, 0 to 1, that each process may find unusable.
+        exif: 'shown' or 'stored', for pictures with an EXIF orientation: the frame that boxes are in, which must be
             the one that the pipeline loads.
-        **fields: mmdet's ``CocoDataset``'s.
+        **fields: those of mmdet's ``CocoDataset``.
 
     Raises:
-        UserError: the file, image or share that is too large, in one line.
+        UserError: names the file or image that is refused, or the limit that is exceeded, in one line.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CheckedCocoDataset(CocoDataset):
         return super()._load_metainfo(metainfo)
 
     def COCOAPI(self, path: str):  # noqa: N802
-        """mmdet's COCO index of this file, which it reads and indexes only after the check."""
+        """mmdet's COCO index of this file, which is made only after the file has been checked."""
         file = annotation_file(path)
         for line in file.check(self.metainfo["classes"], self.test_mode):
             print_log(line, logger="current", level=logging.WARNING)
@@ -71,7 +71,7 @@ class CheckedCocoDataset(CocoDataset):
         """The images that training uses, by ``filter_cfg``.
 
         Raises:
-            UserError: none is left.
+            UserError: no image is left.
         """
         kept = super().filter_data()
         if not kept:
@@ -93,7 +93,7 @@ class CheckedCocoDataset(CocoDataset):
         raise UserError(f"{self.max_refetch + 1} images in a row could not be used; the log names them")
 
     def prepare_data(self, index: int) -> dict | None:
-        """What the pipeline makes of an image; None where it makes nothing of it, or the image cannot be used."""
+        """What the pipeline makes of an image; None if that is nothing, or if the image cannot be used."""
         data = self.get_data_info(index)
         path, loaded = data["img_path"], False
         try:
@@ -126,7 +126,7 @@ class CheckedCocoDataset(CocoDataset):
             return None
 
     def _check_frame(self, data: dict) -> None:
-        """Boxes are in the frame of the pixels that were loaded."""
+        """Refuse boxes that are not in the frame of the pixels that were loaded."""
         if problem := frame_problem(data["img_path"], data["width"], data["height"], self.frame):
             raise UserError(f"it {problem}")
 
@@ -142,20 +142,20 @@ def _check_whole(path: Path) -> None:
         file.seek(-min(2, path.stat().st_size), SEEK_END)
         end = file.read(2)
     if start == b"\xff\xd8" and end != b"\xff\xd9":
-        # It may just have something behind its end: Pillow, which is strict, decides.
+        # It may merely have extra bytes after its end: Pillow, which is strict, decides.
         with Image.open(path) as image:
             image.load()
 
 
 def _check_size(data: dict) -> None:
-    """Boxes are in the pixels of an image of the annotated size."""
+    """Refuse an image that does not have the annotated size."""
     height, width = data["ori_shape"]
     if (width, height) != (data["width"], data["height"]):
         raise UserError(f"it has {width} x {height} pixels, but its annotation says {data['width']} x {data['height']}")
 
 
 def _check_boxes(data: dict, step: str) -> None:
-    """Boxes after a step of the pipeline: before packing in ``gt_bboxes``, then in ``data_samples``."""
+    """Refuse boxes that a step made non-finite: they are in ``gt_bboxes`` before packing, then in ``data_samples``."""
     boxes = data.get("gt_bboxes")
     if boxes is None:
         samples = data.get("data_samples")

@@ -1,4 +1,4 @@
-"""An evaluation is of the data that it claims to be of: evaluators and data are compared before the first image."""
+"""Evaluators are compared with the data that they evaluate, before the first image."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd")
 
 
 def use_evaluated_data_hook(cfg: Config) -> None:
-    """Give a config the hook below, if it does not have it by its runtime."""
+    """Add the hook below to a config, unless its runtime already has it."""
     hooks = cfg.get("default_hooks") or {}
     if not any("EvaluatedDataHook" in str((hook or {}).get("type")) for hook in hooks.values()):
         cfg["default_hooks"] = dict(hooks, evaluated_data=dict(type="mmdet.EvaluatedDataHook"))
@@ -34,9 +34,9 @@ def use_evaluated_data_hook(cfg: Config) -> None:
 
 @HOOKS.register_module()
 class EvaluatedDataHook(Hook):
-    """Compares each evaluator with the data that its loop loads, and sees to it that these replace no image.
+    """Compares each evaluator with the data that its loop loads, and keeps that data set from replacing images.
 
-    While a run is made, annotation files are kept in memory, so that each is read once; they are dropped as it begins.
+    While a run is built, annotation files are kept in memory so that each is read once; they are dropped as it begins.
     """
 
     priority = "VERY_HIGH"
@@ -61,7 +61,7 @@ class EvaluatedDataHook(Hook):
         release()
 
     def after_train(self, runner: Runner) -> None:
-        """A test may follow in this process."""
+        """Keep annotation files again: a test may follow in this process."""
         keep()
 
     def _compare(self, split: str, loop: Any) -> None:
@@ -76,7 +76,7 @@ class EvaluatedDataHook(Hook):
 
 
 def never_replace(dataset: Any) -> None:
-    """A bad image of validation or test data is an error, whatever their flags say."""
+    """Make a bad image of this validation or test data an error, whatever its flags say."""
     for leaf in _nodes(dataset):
         if isinstance(leaf, BaseDataset):
             leaf.full_init()  # in which the flag decides what is filtered
@@ -86,14 +86,14 @@ def never_replace(dataset: Any) -> None:
 
 
 def compare(metric: BaseMetric, dataset: Any, evaluator: str, loader: str) -> None:
-    """Refuse a metric whose annotation file is not of the images, categories and annotations that it will judge.
+    """Refuse a metric whose annotation file does not have the images, categories and annotations that are loaded.
 
-    A part of one data set, by ``indices``, a filter or a wrapper, is evaluated on that part.
+    Where ``indices``, a filter or a wrapper leaves part of a data set, that part is evaluated.
 
     Args:
-        metric: one without a file of its own judges what the data set yields, and passes.
+        metric: one without a file of its own evaluates against what the data set yields, and passes.
         dataset: what its loop loads: a data set or a wrapper.
-        evaluator, loader: how to call them in a message.
+        evaluator, loader: their names in messages.
 
     Raises:
         UserError: what differs, with both names.
@@ -105,7 +105,7 @@ def compare(metric: BaseMetric, dataset: Any, evaluator: str, loader: str) -> No
     leaves = [node for node in nodes if not _inner(node)]
     name = getattr(metric, "ann_file", None) or "an annotation file"
     files = [getattr(leaf, "ann_file", None) for leaf in leaves]
-    pair = f"{evaluator} judges by {name}, but {loader} loads {', '.join(map(str, files))}"
+    pair = f"{evaluator} evaluates against {name}, but {loader} loads {', '.join(map(str, files))}"
     of_files = all(isinstance(leaf, CocoDataset) and leaf.ann_file for leaf in leaves)
     if of_files:
         check_same_files(truth.dataset, name, files, pair, "segm" in getattr(metric, "metrics", ()), ordered=False)
@@ -114,13 +114,13 @@ def compare(metric: BaseMetric, dataset: Any, evaluator: str, loader: str) -> No
         for leaf in leaves if of_files else ():
             leaf.full_init()
             if truth.get_cat_ids(cat_names=leaf.metainfo["classes"]) != leaf.cat_ids:
-                raise UserError(f"{pair}: it has the categories in another order")
+                raise UserError(f"{pair}: the first lists the categories in another order")
     if of_files and len(nodes) == 1 and leaves[0]._indices is None and len(leaves[0]) == len(truth.imgs):
         return
     infos = None if any(isinstance(node, MultiImageMixDataset) for node in nodes) else _infos(dataset)
     if infos is None:
         kind = type(dataset).__name__
-        raise UserError(f"{evaluator} judges by {name}, which cannot be matched with what {loader}'s {kind} makes")
+        raise UserError(f"{evaluator} evaluates against {name}, which does not match what {loader}'s {kind} yields")
     names = {} if of_files else _names(truth.dataset["images"])
     ids = []
     for info in infos:
@@ -128,8 +128,8 @@ def compare(metric: BaseMetric, dataset: Any, evaluator: str, loader: str) -> No
         path = info.get("img_path", "")
         if not of_files and Path(names.get(ids[-1], "")).name != Path(path).name:
             raise UserError(
-                f"{evaluator} judges by {name}, but {loader} loads {path!r} as image id {ids[-1]}, which "
-                f"{'is ' + repr(names[ids[-1]]) if ids[-1] in names else 'is not'} there"
+                f"{evaluator} evaluates against {name}, but {loader} loads {path!r} as image id {ids[-1]}, which "
+                f"{'is ' + repr(names[ids[-1]]) if ids[-1] in names else 'is not'} in the former"
             )
     twice = [image for image, count in Counter(ids).items() if count > 1]
     if twice:
@@ -139,23 +139,23 @@ def compare(metric: BaseMetric, dataset: Any, evaluator: str, loader: str) -> No
 
 
 def check_classwise(kind: type, classwise: bool, categories: list[dict], evaluator: str) -> None:
-    """Refuse mmdet's own metric where it would give classes each other's figures.
+    """Refuse mmdet's own metric where it would report one class's figures under the name of another.
 
     Raises:
-        UserError: category ids that do not ascend.
+        UserError: category ids are not in ascending order.
     """
     ids = [row["id"] for row in categories]
     if classwise and not issubclass(kind, CheckedCocoMetric) and ids != sorted(ids):
         raise UserError(
-            f"{evaluator}: {kind.__name__} gives classes each other's figures where category ids do not ascend; take "
-            "type='CheckedCocoMetric'"
+            f"{evaluator}: {kind.__name__} mixes up the classes' figures if category ids are not in ascending order; "
+            "use type='CheckedCocoMetric'"
         )
 
 
 def check_same_files(
     truth: dict, name: str, files: Sequence[str], pair: str, masks: bool = False, ordered: bool = True
 ) -> None:
-    """Refuse an evaluator's file that has not the content of the data set's files.
+    """Refuse an evaluator's file whose content is not that of the data sets' files.
 
     Args:
         truth: content of the evaluator's file.
@@ -163,7 +163,7 @@ def check_same_files(
         files: those of the data sets that are evaluated together.
         pair: beginning of the message, with both names.
         masks: whether masks are evaluated.
-        ordered: whether categories must have the same order, too.
+        ordered: whether categories must be in the same order as well.
 
     Raises:
         UserError: the first difference, or two data sets that have an image id in common.
@@ -187,17 +187,17 @@ def check_same_files(
 def _difference(truth: dict, contents: list[dict], fields: Sequence[str], ordered: bool) -> str | None:
     theirs, ours = _names(truth["images"]), _names(chain.from_iterable(c["images"] for c in contents))
     if len(theirs) != len(ours):
-        return f"it has {len(theirs)} images there and {len(ours)} here; both must be one data set"
+        return f"the first has {len(theirs)} images, the second {len(ours)}; both must be the same data set"
     for image, file in ours.items():
         if theirs.get(image) != file:
-            there = f"is {theirs[image]!r}" if image in theirs else "is not"
-            return f"image id {image} {there} there and {file!r} here; both must be one data set"
+            there = f"is {theirs[image]!r}" if image in theirs else "is missing"
+            return f"image id {image} {there} in the first and {file!r} in the second; both must be the same data set"
     for content in contents:
         for there, here in zip(*(_categories(c, ordered) for c in (truth, content)), strict=False):
             if there != here:
-                return f"category id {there[0]} is {there[1]!r} there, and here id {here[0]} is {here[1]!r}"
+                return f"the first has {there[1]!r} as category id {there[0]}, the second {here[1]!r} as id {here[0]}"
         if len(truth["categories"]) != len(content["categories"]):
-            return f"it has {len(truth['categories'])} categories there and {len(content['categories'])} here"
+            return f"the first has {len(truth['categories'])} categories, the second {len(content['categories'])}"
     rows = [row for content in contents for row in content.get("annotations", [])]
     there, here = (_columns(part, fields) for part in (truth.get("annotations", []), rows))
     if there == here:
@@ -207,7 +207,7 @@ def _difference(truth: dict, contents: list[dict], fields: Sequence[str], ordere
         return None
     image = next(iter((there - here) or (here - there))).strip("(").split(",")[0]
     file = ours.get(int(image), image)
-    return f"annotations of image id {image} ({file}) differ; both must be one data set"
+    return f"annotations of image id {image} ({file}) differ; both must be the same data set"
 
 
 def _names(images: Iterable[dict]) -> dict[int, str]:

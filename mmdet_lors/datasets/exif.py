@@ -1,12 +1,12 @@
-"""In which frame the boxes of a picture are that viewers turn, by its EXIF data.
+"""Which frame the boxes of a picture are in if its EXIF data tells viewers to turn it.
 
 One rule for training, validation, test, inference, the web page and Python: boxes are in the frame in which the
 pipeline loads the picture. mmcv's reader turns it as viewers do, so that is the frame in which it is *shown*; with
 ``LoadImageFromFile(color_type="color_ignore_orientation")`` it is the one in which it is *stored*.
 
-Sizes tell a quarter turn: an annotation that has width and height of the other frame is refused. They do not tell half
-a turn or a mirrored picture: these are refused, too, unless somebody states the frame, by the data set's field
-``exif="shown"`` or by loading the picture as it is stored.
+Sizes reveal a quarter turn: an annotation that has the width and height of the other frame is refused. They do not
+reveal half a turn or a mirrored picture: these are refused as well, unless the config states the frame, by the data
+set's field ``exif="shown"`` or by loading the picture as it is stored.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def orientation(path: str | Path) -> int:
     """1 for a picture that is stored as it is shown, 2 to 8 for one that viewers mirror or turn (EXIF 2.3, 4.6.4 A).
 
     OpenCV, and so every tool of this project, turns a picture as it reads it: boxes are in the frame in which it is
-    shown. Where the orientation is 5 to 8, width and height of the stored frame are exchanged.
+    shown. If the orientation is 5 to 8, width and height of the stored frame are exchanged.
     """
     return _header(path)[0]
 
@@ -36,22 +36,22 @@ def orientation(path: str | Path) -> int:
 def check_frame(path: str | Path, width: int, height: int, frame: str | None = None) -> None:
     """Refuse an annotation that is not, or may not be, in the frame in which the picture is loaded.
 
-    A file that cannot be read as a picture passes: whoever loads it says so.
+    A file that cannot be read as a picture passes: loading it raises an error of its own.
 
     Args:
         path: the picture.
         width, height: what its annotation says, in pixels.
-        frame: 'shown' or 'stored', where somebody stated it; see :func:`frame_of`.
+        frame: 'shown' or 'stored', if the config states it; see :func:`frame_of`.
 
     Raises:
-        UserError: another frame, or one that cannot be told; names the file and EXIF.
+        UserError: the frame is another one or cannot be determined; names the file and its EXIF orientation.
     """
     if problem := frame_problem(path, width, height, frame):
         raise UserError(f"image {path} {problem}")
 
 
 def frame_problem(path: str | Path, width: int, height: int, frame: str | None = None) -> str | None:
-    """What :func:`check_frame` refuses, without the file's name; None where all is well."""
+    """What :func:`check_frame` reports, without the file's name; None if nothing is wrong."""
     turn, shown, stored, is_tiff = _header(path)
     if turn == 1:
         return None
@@ -67,7 +67,7 @@ def frame_problem(path: str | Path, width: int, height: int, frame: str | None =
         )
     if said == loaded == other and frame is None:
         return (
-            f"is turned or mirrored by its EXIF orientation {turn}, and its size does not tell whether boxes are of "
+            f"is turned or mirrored by its EXIF orientation {turn}, and its size does not show whether boxes belong to "
             f"the picture as shown or as stored: state exif='shown' in the data set's config, or {_LOAD_STORED}"
         )
     return None  # a size that is neither: the loader compares sizes for all pictures
@@ -78,14 +78,14 @@ _LOAD_SHOWN = "load it as it is shown: leave color_type out of LoadImageFromFile
 
 
 def frame_of(pipeline: Sequence[Any], exif: str | None = None) -> str | None:
-    """The frame that is stated: 'stored' by a pipeline that does not turn pictures, else what ``exif`` says, or None.
+    """The frame that the config states: 'stored' if the pipeline does not turn pictures, else ``exif``, or None.
 
     Args:
         pipeline: steps or their configs.
-        exif: field of that name of the data set.
+        exif: the data set's field of that name.
 
     Raises:
-        UserError: ``exif`` is neither, or not what the pipeline does.
+        UserError: ``exif`` is neither 'shown' nor 'stored', or is not what the pipeline does.
     """
     if exif not in (None, SHOWN, STORED):
         raise UserError(f"exif must be 'shown', 'stored' or left out, got {exif!r}")
@@ -108,12 +108,12 @@ def _header(path: str | Path) -> tuple[int, tuple[int, int], tuple[int, int], bo
     if value not in range(2, 9):
         return 1, size, size, is_tiff
     exchanged = size[::-1] if value > 4 else size
-    # Of a TIFF Pillow gives the size as shown.
+    # For a TIFF, Pillow gives the size as shown.
     return int(value), *((size, exchanged) if is_tiff else (exchanged, size)), is_tiff
 
 
 def _tag(image: Image.Image) -> Any:
-    # Not getexif(), which falls back on XMP, by which OpenCV does not turn.
+    # Not getexif(), which falls back on XMP, which OpenCV ignores.
     if image.format == "TIFF":
         return image.tag_v2.get(ORIENTATION, 1)
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Annotation files, each read, indexed and checked once in a process while a run is made."""
+"""Annotation files, each read, indexed and checked once per process while a run is built."""
 
 import gc
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _kept: dict[tuple, "AnnotationFile"] | None = None
 
 
 class AnnotationFile:
-    """One file's content, with what was made of it. Nobody may change it before :func:`release`.
+    """One file's content, its index and its checks. Nobody may change them before :func:`release`.
 
     Args:
         path: the file.
@@ -29,7 +29,7 @@ class AnnotationFile:
 
     @cached_property
     def index(self) -> COCO:
-        """mmdet's index of it."""
+        """mmdet's index of the file."""
         index = _Index()
         index.dataset = self.content
         with without_collector():
@@ -37,7 +37,7 @@ class AnnotationFile:
         return index
 
     def check(self, classes: Sequence[str] | None, evaluated: bool, masks: bool = False) -> list[str]:
-        """As :func:`~mmdet_lors.datasets.annotations.check_annotations`, once for equal arguments."""
+        """Run :func:`~mmdet_lors.datasets.annotations.check_annotations`, once for equal arguments."""
         key = (None if classes is None else tuple(classes), evaluated, masks)
         if key not in self._checked:
             with without_collector():
@@ -46,7 +46,7 @@ class AnnotationFile:
 
 
 class _Index(COCO):
-    """mmdet's COCO index, whose names of its own follow whenever the index is made."""
+    """mmdet's COCO index, whose additional names are updated whenever the index is made."""
 
     def createIndex(self) -> None:  # noqa: N802
         """Index annotations by image and by category."""
@@ -55,7 +55,7 @@ class _Index(COCO):
 
 
 def annotation_file(path: str | Path) -> AnnotationFile:
-    """The file, read anew unless :func:`keep` was called and it has not changed since.
+    """The annotation file, read again unless :func:`keep` was called and the file has not changed since.
 
     Raises:
         UserError: see :func:`~mmdet_lors.datasets.annotations.read_annotations`.
@@ -73,13 +73,13 @@ def annotation_file(path: str | Path) -> AnnotationFile:
 
 
 def keep() -> None:
-    """From now on keep what is read: a run is being made, whose check, data sets and metrics read the same files."""
+    """Keep files in memory from now on: the check, data sets and metrics of a run being built read the same ones."""
     global _kept
     _kept = {} if _kept is None else _kept
 
 
 def release() -> None:
-    """Drop what was kept: the run begins."""
+    """Drop the files that were kept: the run begins."""
     global _kept
     if _kept:
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""mmdet's CocoMetric that refuses what it would judge wrongly."""
+"""mmdet's CocoMetric that refuses what it would evaluate wrongly."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,25 +20,25 @@ class CheckedCocoMetric(CocoMetric):
     """COCO's evaluation of the images that were predicted, each once.
 
     The annotation file is checked as it is read, by the rules of
-    :func:`~mmdet_lors.datasets.annotations.check_annotations`. Figures of classes are right whatever the order of
+    :func:`~mmdet_lors.datasets.annotations.check_annotations`. Per-class figures are right whatever the order of
     category ids. Without ``ann_file`` the ground truth is what the data set yields, as in mmdet: sizes of objects are
     then those of their boxes, and what the data set does not load is not counted.
 
     Args:
-        ann_file, args, fields: mmdet's ``CocoMetric``'s, but for ``sort_categories``.
+        ann_file, args, fields: those of mmdet's ``CocoMetric``, except ``sort_categories``.
 
     Raises:
-        UserError: an annotation file that cannot be right; when it evaluates: predictions that are not finite, or of
-            images that the file does not have, or of one image twice.
+        UserError: an annotation file that cannot be right; when it evaluates: predictions that are not finite, are for
+            images that the file does not list, or are for one image twice.
     """
 
     def __init__(self, ann_file: str | None = None, *args, **fields) -> None:
         if fields.pop("sort_categories", False):
-            raise UserError("CheckedCocoMetric takes categories in the file's order; sort_categories is CocoMetric's")
+            raise UserError("CheckedCocoMetric takes categories in the file's order: leave sort_categories out")
         super().__init__(None, *args, **fields)
         self.iou_thrs = np.atleast_1d(self.iou_thrs)  # pycocotools finds no threshold in a list
         if self.classwise and (len(self.iou_thrs) < 6 or not np.allclose(self.iou_thrs[[0, 5]], [0.5, 0.75])):
-            raise UserError("classwise figures are of COCO's thresholds, 0.5 to 0.95: leave iou_thrs out")
+            raise UserError("classwise figures need COCO's thresholds, 0.5 to 0.95: leave iou_thrs out")
         if {"bbox", "segm"} & set(self.metrics) and (len(self.proposal_nums) != 3 or 100 not in self.proposal_nums):
             raise UserError(f"proposal_nums must be three numbers, one of them COCO's 100, got {self.proposal_nums}")
         self.ann_file = ann_file
@@ -63,14 +63,14 @@ class CheckedCocoMetric(CocoMetric):
         twice = [image for image, count in Counter(seen).items() if count > 1]
         if twice:
             raise UserError(
-                f"image id {twice[0]} was predicted {seen.count(twice[0])} times, as were {len(twice)} images: a data "
+                f"image id {twice[0]} was predicted {seen.count(twice[0])} times ({len(twice)} such images): a data "
                 "set that repeats or replaces images cannot be evaluated"
             )
         if self.ann_file is not None:
             known = self._coco_api.imgs
             unknown = [image for image in seen if image not in known]
             if unknown:
-                raise UserError(f"image id {unknown[0]} was predicted, but {self.ann_file} does not have it")
+                raise UserError(f"image id {unknown[0]} was predicted, but {self.ann_file} does not list it")
             if len(seen) < len(known):
                 print_log(f"{self.ann_file}: {len(seen)} of its {len(known)} images are evaluated", "current")
             # In the order of predictions, which proposal_fast relies on.
@@ -80,7 +80,7 @@ class CheckedCocoMetric(CocoMetric):
         return super().compute_metrics(results)
 
     def results2json(self, results: Sequence[dict], outfile_prefix: str) -> dict:
-        """Write predictions with the ids that their labels stand for."""
+        """Write predictions with the category ids of their labels."""
         if self.ann_file is not None:
             place = np.argsort(np.argsort(self._ids_of_labels()))
             results = [dict(result, labels=place[result["labels"]]) for result in results]

@@ -1,4 +1,4 @@
-"""The lists of a COCO annotation file, column by column, each with the rules that its values have to keep."""
+"""The lists of a COCO annotation file, column by column, each with the rules that its values must follow."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from mmdet_lors.errors import UserError
 
 NUMBER, FLAG, NAME = {int, float}, {int, float, bool}, {str}
 MAX_ID = 2**63
-"""pycocotools sorts ids as numpy does: from here on as floats, by which several become one."""
+"""pycocotools sorts ids with numpy, which makes floats of ids from here on: several become equal."""
 
 
 class Table:
@@ -24,10 +24,10 @@ class Table:
         if type(self.rows) is not list:
             raise UserError(f"annotation file {path}: {name} is a {type(self.rows).__name__}, not a list")
         if set(map(type, self.rows)) - {dict}:
-            self.refuse([type(row) is not dict for row in self.rows], "is no object with named fields")
+            self.refuse([type(row) is not dict for row in self.rows], "is not an object with named fields")
 
     def refuse(self, bad: Iterable[bool], problem: str | Callable[[dict], str]) -> None:
-        """Raise the error if anything is ``bad``: the first one, what is wrong with it, and how many there are."""
+        """Raise an error if any row is ``bad``; it names the first, what is wrong with it, and how many there are."""
         places = list(compress(range(len(self.rows)), bad))
         if places:
             text = problem if isinstance(problem, str) else problem(self.rows[places[0]])
@@ -35,7 +35,7 @@ class Table:
             raise UserError(f"annotation file {self.path}: {self.label(places[0])} {text}{more}")
 
     def label(self, place: int) -> str:
-        """A row as a reader finds it: its place, and its id where it has one."""
+        """How messages name a row: by its place, and by its id if it has one."""
         row = self.rows[place]
         known = isinstance(row, dict) and type(row.get("id")) in (int, str)
         return f"{self.name}[{place}]" + (f" (id {row['id']!r})" if known else "")
@@ -44,7 +44,7 @@ class Table:
         """The values of a field that every row must have.
 
         Raises:
-            UserError: rows without it, or where it has another type.
+            UserError: a row has no such field, or one of another type.
         """
         try:
             values = list(map(itemgetter(field), self.rows))
@@ -58,7 +58,7 @@ class Table:
         return values
 
     def ids(self, field: str, unique: bool = False, lowest: int = 0, why: str = "") -> list[int]:
-        """A column of ids: whole numbers from ``lowest`` on; ``why`` says what is wrong with lower ones."""
+        """A column of ids: whole numbers from ``lowest`` up; ``why`` says what is wrong with lower ones."""
         values = self.column(field, {int}, "a whole number")
         if values and not lowest <= min(values) <= max(values) < MAX_ID:
             self.refuse(
@@ -101,7 +101,7 @@ class Table:
     def masks(self, sizes: Iterable[list[float] | None]) -> None:
         """Refuse rows whose ``segmentation`` pycocotools would not read as a mask of an image of (width, height).
 
-        Rows without an image, None, are never read.
+        A size of None stands for a row without an image, which is never read.
         """
         self.refuse(
             (size and not _is_mask(row.get("segmentation"), size) for row, size in zip(self.rows, sizes, strict=True)),

@@ -1,4 +1,4 @@
-"""Images that cannot be used: another one instead, each logged once, and a limit on how many."""
+"""Images that cannot be used: each is replaced by another and logged once, and their number is limited."""
 
 import logging
 import traceback
@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from mmdet_lors.errors import UserError
 
 MAX_UNUSABLE_SHARE = 0.01
-"""Share of a data set's images that may be unusable, where its config does not say."""
+"""Largest share of a data set's images that may be unusable, unless its config sets another."""
 
 
 class UnusableImages:
@@ -18,7 +18,7 @@ class UnusableImages:
 
     Args:
         images: how many images the data set has.
-        max_share: share of them, 0 to 1, that may be unusable.
+        max_share: largest share of them, 0 to 1, that may be unusable.
     """
 
     def __init__(self, images: int, max_share: float) -> None:
@@ -36,10 +36,10 @@ class UnusableImages:
             index: its place in the data set.
             name: its file, for messages.
             error: why it cannot be used.
-            trace: also log where in the code the error came up.
+            trace: also log the error's traceback.
 
         Raises:
-            UserError: these are now more than ``max_share``.
+            UserError: more than ``max_share`` are unusable.
         """
         reason = reason_of(error)
         if not self.seen[index]:
@@ -67,10 +67,10 @@ def reason_of(error: Exception) -> str:
 
 
 def check_share(share: float) -> None:
-    """Refuse a share that is none.
+    """Refuse a share that is not a number in [0, 1].
 
     Raises:
-        UserError: not in 0 to 1.
+        UserError: names the field and the value.
     """
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise UserError(f"max_unusable_share must be in [0, 1], got {share!r}")

@@ -83,7 +83,7 @@ def test_a_good_file_has_nothing_to_say():
         (("categories", 1, "id", 7), "categories[0] (id 7) shares its id with another one"),
         (("categories", 1, "id", "9"), "categories[1] (id '9') has id '9', which is not a whole number"),
         (("categories", 1, "id", -1), "has id -1; it must be a whole number from 0"),
-        (("categories", 1, "name", "cat"), "has the name 'cat' of another one"),
+        (("categories", 1, "name", "cat"), "shares the name 'cat' with another"),
         (("categories", 1, "name", KeyError), "has no name"),
         (("categories", 1, "name", "bird"), "has no category 'dog' of the config's 2 classes; it has 'cat', 'bird'"),
     ],
@@ -97,7 +97,7 @@ def test_refused(change, message, evaluated):
 
 @pytest.mark.parametrize("name", ["images", "annotations", "categories"])
 def test_lists_that_are_none(name):
-    for value, message in ((None, "is a NoneType, not a list"), ([1], f"{name}[0] is no object with named fields")):
+    for value, message in ((None, "is a NoneType, not a list"), ([1], f"{name}[0] is not an object with named fields")):
         with pytest.raises(UserError) as refused:
             check_annotations({**deepcopy(GOOD), name: value}, PATH)
         assert message in str(refused.value)
@@ -119,15 +119,15 @@ def test_categories_in_another_order_than_the_classes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([("bbox", [10, 10, 0, 5])], "1 of 6 annotations are boxes less than 1 pixel wide or high"),
+        ([("bbox", [10, 10, 0, 5])], "1 of 6 annotations have a box less than 1 pixel wide or high"),
         (
             [("bbox", [10, 10, 5, 0.5])],
-            "boxes less than 1 pixel wide or high, or of no area: skipped; first annotations[3]",
+            "have a box less than 1 pixel wide or high, or of no area: skipped; first: annotations[3]",
         ),
         ([("area", 0)], "or of no area: skipped"),
-        ([("bbox", [200, 10, 5, 5])], "1 of 6 annotations are boxes outside their image: skipped"),
-        ([("bbox", [90, 10, 20, 5])], "1 of 6 annotations are boxes that reach out of their image: clipped"),
-        ([("image_id", 99)], "1 of 6 annotations are annotations of images that the file does not have: skipped"),
+        ([("bbox", [200, 10, 5, 5])], "1 of 6 annotations have a box outside their image: skipped"),
+        ([("bbox", [90, 10, 20, 5])], "1 of 6 annotations have a box that extends beyond their image: clipped"),
+        ([("image_id", 99)], "1 of 6 annotations are for images that the file does not list: skipped"),
     ],
 )
 def test_skipped_and_counted(changes, message):
@@ -141,14 +141,14 @@ def test_a_box_one_pixel_outside_is_nothing_to_say():
 
 def test_boxes_of_two_corners_are_refused():
     corners = [("annotations", i, "bbox", [60, 50, 90, 75]) for i in range(6)]
-    with pytest.raises(UserError, match=r"reaches out of its image, as do more than 50% of all; it must be \[x, y, wi"):
+    with pytest.raises(UserError, match=r"extends beyond its image, as do more than 50% of all; it must be \[x, y, wi"):
         check(*corners)
 
 
 def test_images_with_crowds_alone_are_counted():
     lines = check(("annotations", 0, "iscrowd", 1), ("annotations", 3, "iscrowd", 1))
     assert lines == [
-        "train.json: 1 images have crowd boxes alone and train as images without objects; first images[0] (id 1)"
+        "train.json: 1 images have only crowd boxes and train as images without objects; first: images[0] (id 1)"
     ]
 
 
@@ -171,7 +171,7 @@ def test_evaluation_needs_iscrowd_and_no_annotations():
 )
 def test_files_that_are_no_json(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match="a.json is no JSON"):
+    with pytest.raises(UserError, match="a.json is not JSON"):
         read_annotations(tmp_path / "a.json")
 
 
@@ -185,9 +185,9 @@ def test_annotation_id_0_is_no_match_for_pycocotools():
 
 def test_what_says_ignore_is_not_trained_on_but_evaluated():
     (line,) = check(("annotations", 3, "ignore", 1))
-    assert "1 of 6 annotations are boxes that say ignore: skipped; first annotations[3] (id 4)" in line
+    assert "1 of 6 annotations are marked 'ignore': skipped; first: annotations[3] (id 4)" in line
     (line,) = check(("annotations", 3, "ignore", True), evaluated=True)
-    assert "boxes that say ignore: not loaded, but counted by COCO's evaluation" in line
+    assert "are marked 'ignore': not loaded, but counted by COCO's evaluation" in line
     with pytest.raises(UserError, match="has no box to learn from: of 6 annotations .* 6 to be ignored"):
         check(*[("annotations", i, "ignore", 1) for i in range(6)])
 
@@ -230,8 +230,8 @@ def test_names_of_classes(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     assert class_names(str(tmp_path / "classes.txt")) == class_names(["cat", "dog"]) == CLASSES
     for classes, message in (
-        ("digit", r"classes 'digit' is one string .* write \('digit',\), with a comma"),
-        (str(tmp_path), "is one string and no file of class names"),
+        ("digit", r"classes 'digit' is a single string .* write \('digit',\), with a comma"),
+        (str(tmp_path), "is a single string and not a file of class names"),
         (("cat", "dog", "cat"), "has 'cat' 2 times among its 3"),
         ((), "must be the names of one class or more"),
         (("cat", 1), "must be the names of one class or more, got 1"),

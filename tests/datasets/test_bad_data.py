@@ -238,7 +238,7 @@ def test_a_filter_that_leaves_nothing(tmp_path):
 def test_missing_files_are_counted_before_the_run(tmp_path):
     write(tmp_path, content())
     (tmp_path / "train/3.png").unlink()
-    with pytest.raises(UserError, match=r"train_dataloader: 1 of 8 images of .* do not exist, as .*3.png"):
+    with pytest.raises(UserError, match=r"train_dataloader: 1 of 8 images of .* do not exist, such as .*3.png"):
         check_dataset(dataset_cfg(tmp_path), "train_dataloader")
     check_dataset(dataset_cfg(tmp_path, max_unusable_share=0.2), "train_dataloader")
     with pytest.raises(UserError, match="1 of 8 images"):

@@ -59,14 +59,14 @@ def test_missing_annotations(data):
 @pytest.mark.parametrize("content", ["", "no json {", "\x00\x01", "[1, 2", '{"images": []'])
 def test_annotations_that_are_no_json(data, content):
     (data / "annotations/train.json").write_text(content)
-    with pytest.raises(UserError, match=r"annotation file .*train.json is no JSON"):
+    with pytest.raises(UserError, match=r"annotation file .*train.json is not JSON"):
         check_inputs(config_for(data), SPLITS)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '"text"', '{"images": []}'])
 def test_json_that_is_no_coco(data, content):
     (data / "annotations/train.json").write_text(content)
-    with pytest.raises(UserError, match=r"train.json is no COCO data set: it has no .*categories"):
+    with pytest.raises(UserError, match=r"train.json is not a COCO data set: it has no .*categories"):
         check_inputs(config_for(data), SPLITS)
 
 
@@ -114,7 +114,7 @@ def test_an_evaluator_of_other_data_is_refused_before_the_run(data, split, sever
     check_inputs(cfg, SPLITS)  # another file of the same content
     copy_of(data, lambda content: content["images"].pop())
     with pytest.raises(
-        UserError, match=f"{split}_evaluator judges by .*other.json, but {split}_dataloader loads .*val"
+        UserError, match=f"{split}_evaluator evaluates against .*other.json, but {split}_dataloader loads .*val"
     ):
         check_inputs(cfg, SPLITS)
 
@@ -135,7 +135,7 @@ def test_mmdets_own_metric_with_unsorted_categories(data):
     cfg.val_evaluator.classwise = True
     check_inputs(cfg, SPLITS)
     cfg.val_evaluator.type = "CocoMetric"
-    with pytest.raises(UserError, match="val_evaluator: CocoMetric gives classes each other's figures"):
+    with pytest.raises(UserError, match="val_evaluator: CocoMetric mixes up the classes' figures"):
         check_inputs(cfg, SPLITS)
 
 
@@ -163,7 +163,7 @@ def test_classes_of_the_config(data, tmp_path):
     (tmp_path / "classes.txt").write_text("\n".join("0123456789"))
     for classes, message in (
         (str(tmp_path / "classes.txt"), None),
-        ("0123456789", r"train_dataloader: classes '0123456789' is one string .* with a comma"),
+        ("0123456789", r"train_dataloader: classes '0123456789' is a single string .* with a comma"),
         (tuple("0123456788"), "train_dataloader: classes has '8' 2 times among its 10"),
     ):
         for split in SPLITS:
@@ -185,11 +185,11 @@ def test_a_frame_that_the_pipeline_does_not_load(data):
 @pytest.mark.parametrize(
     ("there", "named", "why"),
     [
-        ("sub/a.png", "sub\\a.png", "but does with / in place of"),
-        ("caf\u00e9.png", "cafe\u0301.png", "differs in how Unicode composes letters"),
-        ("cafe\u0301.png", "caf\u00e9.png", "differs in how Unicode composes letters"),
-        ("\u00fc/a.png", "u\u0308/a.png", "differs in how Unicode composes letters"),
-        ("A.PNG", "a.png", "differs in upper and lower case"),
+        ("sub/a.png", "sub\\a.png", "but does exist with / in place of"),
+        ("caf\u00e9.png", "cafe\u0301.png", "differs only in how Unicode composes letters"),
+        ("cafe\u0301.png", "caf\u00e9.png", "differs only in how Unicode composes letters"),
+        ("\u00fc/a.png", "u\u0308/a.png", "differs only in how Unicode composes letters"),
+        ("A.PNG", "a.png", "differs only in upper and lower case"),
         ("b.png", "a.png", "; check the config's paths|; make it with"),
     ],
 )

@@ -218,8 +218,8 @@ def test_what_was_predicted_is_evaluated(file):
 @pytest.mark.parametrize(
     ("images", "detections", "message"),
     [
-        ([1, 2, 1], [], "image id 1 was predicted 2 times, as were 1 images: a data set that repeats or replaces"),
-        ([1, 3], [], "image id 3 was predicted, but .*val.json does not have it"),
+        ([1, 2, 1], [], r"image id 1 was predicted 2 times \(1 such images\): a data set that repeats or replaces"),
+        ([1, 3], [], "image id 3 was predicted, but .*val.json does not list it"),
         ([1, 2], [(1, 0, HIT, float("nan"))], "boxes or scores that are not finite for image id 1"),
         ([1, 2], [(1, 0, [float("inf")] * 4, 1.0)], "boxes or scores that are not finite for image id 1"),
     ],
@@ -233,7 +233,7 @@ def test_predictions_that_cannot_be_evaluated(file, images, detections, message)
     ("fields", "message"),
     [
         (dict(sort_categories=True), "takes categories in the file's order"),
-        (dict(classwise=True, iou_thrs=[0.5]), "classwise figures are of COCO's thresholds"),
+        (dict(classwise=True, iou_thrs=[0.5]), "classwise figures need COCO's thresholds"),
         (dict(proposal_nums=(10, 50, 300)), r"proposal_nums must be three numbers, one of them COCO's 100, got \[10, "),
         (dict(metric="segm"), "has segmentation None, which is neither"),
     ],

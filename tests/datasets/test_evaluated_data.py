@@ -95,13 +95,13 @@ def other(change: str) -> dict:
 
 
 CHANGES = {
-    "fewer images": "it has 3 images there and 4 here",
-    "ids of images": "image id 1 is not there and '1.png' here",
-    "names of images": "image id 3 is 'another.png' there and '3.png' here",
-    "names of categories": "category id 1 is 'bird' there, and here id 1 is 'cat'",
-    "ids of categories": "category id 1 is 'dog' there, and here id 1 is 'cat'",
-    "order of categories": "it has the categories in another order",
-    "another category": "it has 3 categories there and 2 here",
+    "fewer images": "the first has 3 images, the second 4",
+    "ids of images": "image id 1 is missing in the first and '1.png' in the second",
+    "names of images": "image id 3 is 'another.png' in the first and '3.png' in the second",
+    "names of categories": "the first has 'bird' as category id 1, the second 'cat' as id 1",
+    "ids of categories": "the first has 'dog' as category id 1, the second 'cat' as id 1",
+    "order of categories": "the first lists the categories in another order",
+    "another category": "the first has 3 categories, the second 2",
     "fewer annotations": r"annotations of image id 4 \(4.png\) differ",
     "box": r"annotations of image id 2 \(2.png\) differ",
     "crowd": r"annotations of image id 2 \(2.png\) differ",
@@ -117,7 +117,7 @@ def test_a_file_of_other_data_is_refused_with_both_names(change, kind, split, wr
         begin(data, CheckedCocoMetric(data.ann_file), metric, split=split)
     named = "other.json" if kind is CheckedCocoMetric else "an annotation file"
     where = "test_evaluator" if split == "test" else "val_evaluator"
-    assert f"{where} judges by " in str(refused.value) and named in str(refused.value)
+    assert f"{where} evaluates against " in str(refused.value) and named in str(refused.value)
     assert "val.json" in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -134,10 +134,10 @@ def test_another_file_of_the_same_content_is_fine(write):
 
 def test_classes_in_another_order_than_the_data_set_maps_them(write):
     file = write("val.json", content(categories=((2, "cat"), (1, "dog"))))
-    with pytest.raises(UserError, match="it has the categories in another order"):
+    with pytest.raises(UserError, match="the first lists the categories in another order"):
         begin(load(file), CocoMetric(file, sort_categories=True))
     with pytest.raises(
-        UserError, match="CocoMetric gives classes each other's figures .* take type='CheckedCocoMetric"
+        UserError, match="CocoMetric mixes up the classes' figures .* use type='CheckedCocoMetric"
     ):
         begin(load(file), CocoMetric(file, classwise=True))
     begin(load(file), CocoMetric(file), CheckedCocoMetric(file, classwise=True))
@@ -191,7 +191,7 @@ def test_images_that_would_count_twice_are_refused(wrap, write):
 
 def test_mixed_images_cannot_be_matched(write):
     file = write("val.json", content())
-    with pytest.raises(UserError, match="cannot be matched with what val_dataloader's MultiImageMixDataset makes"):
+    with pytest.raises(UserError, match="does not match what val_dataloader's MultiImageMixDataset yields"):
         begin(MultiImageMixDataset(load(file), []), CheckedCocoMetric(file))
 
 
@@ -201,7 +201,7 @@ def test_several_data_sets(write):
     joined = ConcatDataset([load(first), load(second)])
     begin(joined, CheckedCocoMetric(write("both.json", both)))
     for file in (first, second):
-        with pytest.raises(UserError, match=r"a.json, .*b.json: it has \d images there and 6 here"):
+        with pytest.raises(UserError, match=r"a.json, .*b.json: the first has \d images, the second 6"):
             begin(joined, CheckedCocoMetric(file))
     with pytest.raises(UserError, match="a.json and .*c.json both have image id 4"):
         begin(ConcatDataset([load(first), load(write("c.json", content((4, 5))))]), CheckedCocoMetric(first))

@@ -322,7 +322,7 @@ def places(checkpoint, images, tiny_digits, tmp_path) -> dict[str, str]:
         ("{image} {config} {checkpoint} --no-pictures", "--no-pictures leaves nothing to write"),
         ("{image} {config} {checkpoint} --ann-file {other_json}", "--ann-file is for --coco"),
         ("{image} {config} {checkpoint} --coco none/coco.json", "folder none does not exist"),
-        ("{image} {config} {checkpoint} --coco {out}.json --ann-file {other_json}", "is no COCO data set"),
+        ("{image} {config} {checkpoint} --coco {out}.json --ann-file {other_json}", "is not a COCO data set"),
         ("{image} {config} {checkpoint} --out {note_txt}", "note.txt is a file, not a folder"),
         ("{folder} {config} {checkpoint} --out {folder}", "would overwrite"),
     ],
