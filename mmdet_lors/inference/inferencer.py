@@ -1,4 +1,4 @@
-"""mmdet's DetInferencer with our safe reader of checkpoints, LORS served folded, images in any form, and threads."""
+"""mmdet's DetInferencer with safe loading of checkpoints, folded LORS, images in any form, and thread safety."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
@@ -37,29 +37,29 @@ from .sources import images_in
 class Inferencer(DetInferencer):
     """A trained detector, ready to be called on images: ``Inferencer(config, checkpoint)("image.jpg")``.
 
-    The call, its arguments and its result are those of mmdet's ``DetInferencer``; :meth:`stream` is the same without
-    keeping anything. LORS is folded: as fast as the plain detector, equal boxes.
+    The call, its arguments and its result are those of mmdet's ``DetInferencer``; :meth:`stream` does the same without
+    keeping results in memory. LORS is folded: as fast as the plain detector, with equal boxes.
 
     An image is a path, the bytes of an image file, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) in BGR or
-    (H, W, 4) in BGRA, of uint8; docs/inference.md says by which rules other values are taken or refused. Inputs are one
-    image, a folder, or a list, tuple or generator of images and folders. Boxes are in the pixels of the image as it is
-    shown: turned by its EXIF data, where files and PIL images have such.
+    (H, W, 4) in BGRA, of uint8; docs/inference.md says by which rules other values are accepted or refused. Inputs are
+    one image, a folder, or a list, tuple or generator of images and folders. Boxes are in the pixels of the image as it
+    is shown: turned by its EXIF data, if the file or PIL image has any.
 
-    Threads may share an Inferencer, and make several: they take turns where they must, and get what they would get one
-    after another.
+    Threads may share an Inferencer, or create several: they take turns where they must, and get the results that they
+    would get one after another.
 
     Args:
-        config: a config file, or a config that was read already.
+        config: a config file, or a config that has been read.
         checkpoint: its weights. Class names come from it, or else from the config's test data set.
         device: such as 'cpu', 'cuda:0', 'mps' or 'xpu'; None takes a GPU if mmengine finds one.
         palette: colours of the classes, as in ``DetInferencer``.
         show_progress: whether a call shows a progress bar.
-        skip_unreadable: leave out files that cannot be read as images instead of raising. ``unreadable`` has all that
-            were, with the reason, and a call's result those of the call.
+        skip_unreadable: skip files that cannot be read as images instead of raising. ``unreadable`` has all files that
+            were skipped, with the reason, and a call's result has those of the call.
 
     Raises:
         UserError: a config without a detector, a checkpoint that cannot be read or is of another architecture, a
-            device that is not there; when called, an input that cannot be read as an image.
+            device that does not exist; when called, an input that cannot be read as an image.
     """
 
     preprocess_kwargs = {"unreadable"}
@@ -98,7 +98,7 @@ class Inferencer(DetInferencer):
 
     @property
     def frame(self) -> str | None:
-        """In which frame the config states that boxes are, 'shown' or 'stored'; None: shown, and nothing is stated."""
+        """The frame of boxes that the config states, 'shown' or 'stored'; None if it states none, which means shown."""
         return self.cfg.test_dataloader.dataset.get("exif") if self.reader.turns else STORED
 
     def __getstate__(self) -> dict:
@@ -110,8 +110,8 @@ class Inferencer(DetInferencer):
     def __call__(self, inputs: Source | Iterable[Source], *args: Any, **kwargs: Any) -> dict:
         """As in mmdet: ``predictions`` and ``visualization``, in the order of the inputs.
 
-        With ``skip_unreadable`` also ``unreadable``, what was left out: name -> reason. With ``out_dir``, files are
-        named by the images' paths below the folder that a call's images have in common.
+        With ``skip_unreadable`` it also has ``unreadable``, the skipped files: name -> reason. With ``out_dir``, files
+        are named by the images' paths below the folder that a call's images have in common.
         """
         unreadable: dict[str, str] = {}
         with self._lock:
@@ -125,21 +125,21 @@ class Inferencer(DetInferencer):
         ``labels`` (k,).
 
         Args:
-            inputs: images; they are taken as they are needed, a batch at a time.
-            batch_size: how many go through the detector at once, at most: only neighbours of one size do.
+            inputs: images; they are read as they are needed, a batch at a time.
+            batch_size: how many images go through the detector at once, at most: only neighbours of one size do.
         """
         for sources, data in self.preprocess(inputs, batch_size):
             yield from zip(sources, [sample.cpu() for sample in self.forward(data)], strict=True)
 
     def draw(self, source: Source, sample: DetDataSample, score_thr: float = 0.3) -> np.ndarray:
-        """The image (H, W, 3), RGB, with the boxes whose score is above ``score_thr``; a small image comes enlarged."""
+        """The image (H, W, 3), RGB, with the boxes whose score is above ``score_thr``; a small image is enlarged."""
         image = self.reader.colours(source)[..., ::-1]
         with DRAWING:
             self.visualizer.add_datasample("image", image, sample, draw_gt=False, pred_score_thr=score_thr)
             return self.visualizer.get_image()
 
     def forward(self, inputs: Any, **kwargs: Any) -> list[DetDataSample]:
-        """One batch through the detector.
+        """Run the detector on one batch.
 
         Raises:
             UserError: a predicted class that has no name.
@@ -157,7 +157,7 @@ class Inferencer(DetInferencer):
     def preprocess(self, inputs: Any, batch_size: int = 1, unreadable: dict[str, str] | None = None) -> Iterator:
         """Batches of (sources, data) for :meth:`forward`.
 
-        Only images of one size share a batch: others would be padded to one, which changes their boxes.
+        Only images of one size share a batch: others would have to be padded, which changes their boxes.
         """
         prepared = (item for source in self._sources(inputs) for item in self._prepare(source, unreadable))
         for _, alike in groupby(prepared, key=lambda item: item[1]["inputs"].shape):
@@ -210,7 +210,7 @@ class Inferencer(DetInferencer):
         return result
 
     def _name(self, folder: str, kind: str, path: str | None, numbered: Path) -> Path:
-        """The file of an image: by its path, the same one whenever it comes; a new one where it has no path."""
+        """An image's output file, named by its path: the same file for the same path, a new one if it has no path."""
         root = Path(folder, kind)
         if path is None:
             return self._names.take(root / numbered)
@@ -233,7 +233,7 @@ class Inferencer(DetInferencer):
             yield from [source] if path is None or not Path(path).is_dir() else images_in(path)
 
     def _prepare(self, source: Any, unreadable: dict[str, str] | None) -> list:
-        """The source with what the pipeline makes of it; nothing of what may be left out."""
+        """The source with what the pipeline makes of it; an empty list for a file that is skipped."""
         fields = dict(source) if isinstance(source, dict) else {}
         source = fields.pop("img", fields.pop("img_path", None)) if fields else source
         try:
@@ -263,7 +263,7 @@ class Inferencer(DetInferencer):
         except ValueError as error:
             place = "test_dataloader.dataset.pipeline"
             raise UserError(
-                f"{cfg.filename or 'config'}: {place} has no LoadImageFromFile to give an image to"
+                f"{cfg.filename or 'config'}: {place} has no LoadImageFromFile, which reads the image"
             ) from error
         loader = next(step for step in pipeline.transforms if hasattr(step, "from_file"))
         self.reader = Reader.of(loader.from_file)
@@ -272,7 +272,7 @@ class Inferencer(DetInferencer):
     def _init_model(self, cfg: Config, weights: str, device: str = "cpu") -> nn.Module:
         meant = build_without_weights(cfg.model)
         if not isinstance(meant, BaseDetector):
-            raise UserError(f"model.type {cfg.model.type} is no detector: it predicts no boxes")
+            raise UserError(f"model.type {cfg.model.type} is not a detector: it predicts no boxes")
         state_dict, meta = read_weights(weights, meant)
         if not {"dataset_meta", "CLASSES"} & set(meta):
             meta["dataset_meta"] = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo
@@ -282,11 +282,11 @@ class Inferencer(DetInferencer):
         return serve(model.to(device).eval())
 
     def _init_collate(self, cfg: Config) -> Callable:
-        # mmengine looks for a missing one in the wrong registry, and warns.
+        # If there is none, mmengine looks for one in the wrong registry, and warns.
         return super()._init_collate(cfg) if cfg.test_dataloader.get("collate_fn") else pseudo_collate
 
     def _init_visualizer(self, cfg: Config) -> DetLocalVisualizer:
-        # Not the config's: its back ends write into a run's folder.
+        # Not the config's visualizer: its back ends write into a run's folder.
         visualizer = DetectionVisualizer(name=f"inference-{id(self)}")
         visualizer.dataset_meta = self.model.dataset_meta
         return visualizer

@@ -1,4 +1,4 @@
-"""What an image can be given as, and how each form becomes the one that detectors read: (H, W, 3), BGR, uint8."""
+"""The forms in which an image can be given, and their conversion to what detectors read: (H, W, 3), BGR, uint8."""
 
 import io
 import os
@@ -19,25 +19,25 @@ from mmdet_lors.datasets.exif import UNTURNED
 from mmdet_lors.errors import UserError
 
 Source = str | os.PathLike | bytes | bytearray | memoryview | np.ndarray | Image.Image
-"""An image; docs/inference.md has a table of what is taken and by which rule."""
+"""An image; docs/inference.md has a table of what is accepted and by which rule."""
 
 ONE = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, Image.Image, Tensor, dict, io.IOBase)
-"""What is one input, or none that can be used, although some of these can be iterated over."""
+"""Types that are a single input, usable or not, although some of them can be iterated over."""
 EIGHT_BITS = (b"\xff\xd8", b"BM", b"RIFF", b"GIF8")
-"""How files start whose format has no more than 8 bits per value: JPEG, BMP, WebP, GIF."""
+"""The first bytes of the formats with at most 8 bits per value: JPEG, BMP, WebP, GIF."""
 PNG = b"\x89PNG\r\n\x1a\n"
 FULL_16_BITS = 1 << 15
 XMP = ("xmp", "XML:com.adobe.xmp")
 
 _pillow = Lock()
-"""Pillow reads a file's pixels when they are first asked for; two threads must not."""
+"""Pillow reads a file's pixels when they are first needed; two threads must not do so at once."""
 
 
 def each(inputs: Any) -> Iterable:
-    """The inputs one by one: of a list, a tuple, a generator, a video, or the one that it is.
+    """The inputs one by one: the items of a list, a tuple, a generator or a video, or a single input itself.
 
     Raises:
-        UserError: what is neither an image nor several.
+        UserError: the input is neither an image nor several.
     """
     if isinstance(inputs, ONE):
         return [inputs]
@@ -47,7 +47,7 @@ def each(inputs: Any) -> Iterable:
 
 
 def path_of(source: Any) -> str | None:
-    """The path of an image that is given by its path."""
+    """The path of an image that is given by its path, else None."""
     return os.fspath(source) if isinstance(source, str | os.PathLike) else None
 
 
@@ -78,7 +78,7 @@ class Reader:
 
     @classmethod
     def of(cls, loader: LoadImageFromFile) -> "Reader":
-        """The reader that does what a step of a pipeline does."""
+        """The reader that reads as this step of a pipeline does."""
         return cls(loader.color_type, loader.imdecode_backend, loader.backend_args)
 
     @property
@@ -88,14 +88,14 @@ class Reader:
 
     @property
     def colours(self) -> "Reader":
-        """The same frame in colours, for drawing."""
+        """A reader of the same frame that keeps colours, for drawing."""
         return replace(self, color_type="color" if self.turns else "color_ignore_orientation")
 
     def __call__(self, source: Source) -> np.ndarray:
-        """The pixels, (H, W, 3), BGR, uint8; what ``color_type`` says where that is not in colours.
+        """The pixels, (H, W, 3), BGR, uint8, or in the form that ``color_type`` asks for if that is not colours.
 
         Raises:
-            UserError: what is no image, or whose values mean what nobody stated.
+            UserError: the source is not an image, or the range of its values is unknown.
         """
         if (path := path_of(source)) is not None:
             try:
@@ -121,7 +121,7 @@ class Reader:
     def _decoded(self, content: bytes, name: str) -> np.ndarray:
         deep = _more_than_8_bits(content) if "unchanged" not in self.color_type else None
         if deep is not None:
-            deep = _uint8(deep, name)  # refuses what would come out dark
+            deep = _uint8(deep, name)  # refuses what would be read too dark
         try:
             image = mmcv.imfrombytes(content, self.color_type, backend=self.imdecode_backend)
         except MemoryError:
@@ -136,7 +136,7 @@ class Reader:
 
 
 def _more_than_8_bits(content: bytes) -> np.ndarray | None:
-    """The values of a file that has more than 8 bits for each, as they are in it."""
+    """The values of a file with more than 8 bits per value, unconverted; None for any other file."""
     if content.startswith(EIGHT_BITS) or (content.startswith(PNG) and content[24:25] != b"\x10"):
         return None
     try:
@@ -150,14 +150,14 @@ def _uint8(array: np.ndarray, name: str) -> np.ndarray:
     """Values as uint8, by the rules of docs/inference.md.
 
     Raises:
-        UserError: values of a range that is not known.
+        UserError: the range of the values is unknown.
     """
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
         return array * np.uint8(255)
     if array.dtype.kind not in "uif":
-        raise UserError(f"{name} has no numbers from 0 to 255")
+        raise UserError(f"{name} does not hold numbers from 0 to 255")
     low, high = array.min(), array.max()
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         if 0 < high < FULL_16_BITS:
@@ -184,7 +184,7 @@ def _bgr(array: np.ndarray, name: str) -> np.ndarray:
     """(H, W), (H, W, 1), (H, W, 3) in BGR or (H, W, 4) in BGRA -> (H, W, 3), BGR, uint8, contiguous.
 
     Raises:
-        UserError: another shape, or values that are no pixels.
+        UserError: another shape, or values that are not pixels.
     """
     if array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         remedy = ""
@@ -205,7 +205,7 @@ def _from_pillow(image: Image.Image, turn: bool) -> np.ndarray:
         with _pillow:
             image = image.copy()
         if turn:
-            for key in XMP:  # by which Pillow turns, and OpenCV does not
+            for key in XMP:  # Pillow turns images by XMP, OpenCV does not
                 image.info.pop(key, None)
             image = ImageOps.exif_transpose(image)
         if image.mode in ("1", "F") or image.mode.startswith("I"):
@@ -221,7 +221,7 @@ def _refused(source: Any) -> UserError:
     taken = "a path, the bytes of an image file, a PIL image or an array (H, W, 3), BGR, uint8"
     remedy = {
         Tensor: f"an image can be {taken}, such as tensor.permute(1, 2, 0).numpy()",
-        io.IOBase: "give what the file has, file.read()",
+        io.IOBase: "give the file's content, file.read()",
     }
     for kind, text in remedy.items():
         if isinstance(source, kind):

@@ -34,12 +34,12 @@ def boxes(sample: DetDataSample, classes: Sequence[str], score_thr: float = 0.0)
 
 @dataclass
 class CocoIds:
-    """The numbers that COCO's format has for images and classes.
+    """The ids of images and classes in COCO's format.
 
     Args:
         images: image -> id.
         categories: label -> id.
-        sizes: image -> (width, height) that its annotation says, in pixels.
+        sizes: image -> (width, height) in pixels according to its annotation.
     """
 
     images: dict[str, int]
@@ -48,18 +48,18 @@ class CocoIds:
 
     @classmethod
     def counted(cls, images: Sequence[str], classes: Sequence[str]) -> "CocoIds":
-        """Counted from 1, in the order given."""
+        """Ids that count from 1, in the order given."""
         return cls({image: i for i, image in enumerate(images, start=1)}, list(range(1, len(classes) + 1)))
 
     @classmethod
     def from_annotations(
         cls, path: Path, images: Sequence[str], classes: Sequence[str], frame: str | None = None
     ) -> "CocoIds":
-        """Those of an annotation file, found by class name and by the images' paths, which end with a ``file_name``.
+        """Ids of an annotation file, found by class name and by the images' paths, which end with a ``file_name``.
 
         Raises:
-            UserError: an annotation file that cannot be read, that lacks an image or a class, in which an image may be
-                several, or whose sizes are not in the frame in which the image is loaded.
+            UserError: an annotation file that cannot be read, that lacks an image or a class, in which several entries
+                fit one image, or whose sizes are not in the frame in which the image is loaded.
         """
         content = read_annotations(path)
         check_categories(content, path, None)
@@ -84,7 +84,7 @@ class CocoIds:
         """All predictions of one image: ``image_id``, ``category_id``, ``bbox`` as [x, y, width, height], ``score``.
 
         Raises:
-            UserError: the image has not the size that its annotation says.
+            UserError: the image does not have the annotated size.
         """
         height, width = sample.ori_shape
         said = self.sizes.get(image, (None, None))
@@ -102,11 +102,11 @@ class CocoIds:
 
 
 def _rows(path: Path, rows: list[dict], images: Sequence[str]) -> dict[str, dict]:
-    """Image -> its row, by one folder from which all images have a row where there is such a folder."""
+    """Image -> its row; ``file_name`` s are taken as below one folder if all images have a row below it."""
     by_parts = defaultdict(list)
     for place, row in enumerate(rows):
         if not isinstance(row, dict) or not {"id", "file_name"} <= row.keys() or not isinstance(row["file_name"], str):
-            raise UserError(f"annotation file {path}: images[{place}] has not both an id and a file_name")
+            raise UserError(f"annotation file {path}: images[{place}] must have an id and a file_name")
         by_parts[_parts(os.path.normpath(row["file_name"]))].append(row)
 
     found = {}
@@ -132,11 +132,11 @@ def _rows(path: Path, rows: list[dict], images: Sequence[str]) -> dict[str, dict
         if first != image:
             raise UserError(
                 f"images {first} and {image} are both {left[0]['file_name']!r} in annotation file {path}: "
-                "give the images of one data set"
+                "give only images of the annotated data set"
             )
     return chosen
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """Folders and name, letters with accents in one form whatever the file system's."""
+    """Folders and name, with accented letters in one form whatever form the file system uses."""
     return Path(unicodedata.normalize("NFC", path)).parts

@@ -1,4 +1,4 @@
-"""What the user names becomes a list of images, or one video; and where the picture of each image goes."""
+"""Turns the user's inputs into a list of images or one video, and says where the picture of each image is written."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ VIDEO_EXTENSIONS = (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".m
 
 
 def is_video(path: Path) -> bool:
-    """Whether the name is that of a video."""
+    """Whether the file's name is that of a video."""
     return path.suffix.lower() in VIDEO_EXTENSIONS
 
 
@@ -22,7 +22,7 @@ def _is_image(path: Path) -> bool:
 
 
 def images_in(folder: str | os.PathLike) -> list[str]:
-    """The images right in a folder, in the order of their names.
+    """The images directly in a folder, in the order of their names.
 
     Raises:
         UserError: there are none.
@@ -34,15 +34,15 @@ def images_in(folder: str | os.PathLike) -> list[str]:
 
 
 def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
-    """The images, each once, and the video, of which there is at most one and then no image.
+    """The images, each once, and the video; a video must be the only input.
 
-    A folder stands for the images right in it, in the order of their names.
+    A folder stands for the images directly in it, in the order of their names.
 
     Raises:
-        UserError: what does not exist, a folder without images, a file that is neither image nor video by its name, a
-            video beside something else.
+        UserError: an input that does not exist, a folder without images, a file whose name is neither that of an image
+            nor of a video, a video beside other inputs.
     """
-    images: dict[str, str] = {}  # by their whole path: each once, however it is written
+    images: dict[str, str] = {}  # by absolute path: each once, however it is written
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -52,7 +52,7 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
             raise UserError(f"input {name} does not exist")
         elif is_video(path):
             if len(inputs) > 1:
-                raise UserError(f"input {name} is a video: give it alone")
+                raise UserError(f"input {name} is a video: give it as the only input")
             return [], name
         elif _is_image(path):
             images.setdefault(os.path.abspath(name), name)
@@ -65,7 +65,7 @@ def find_sources(inputs: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def picture_paths(images: Sequence[str], out: Path) -> dict[str, Path]:
-    """Image -> its picture's file below ``out``: the images' paths below the folder that they have in common.
+    """Image -> its picture's file below ``out``, named by its path below the folder that all images have in common.
 
     Raises:
         UserError: a picture would overwrite an image.
@@ -80,10 +80,10 @@ def picture_paths(images: Sequence[str], out: Path) -> dict[str, Path]:
 
 
 def check_not_input(target: Path, source: str) -> None:
-    """Refuse to write over what is read.
+    """Refuse to write over an input.
 
     Raises:
-        UserError: both are one file.
+        UserError: both are the same file.
     """
     if target.resolve() == Path(source).resolve():
         raise UserError(f"--out {target.parent} would overwrite {source}: give another folder")

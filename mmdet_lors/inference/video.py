@@ -1,4 +1,4 @@
-"""Videos, frame by frame: read with mmcv, written as MP4."""
+"""Reads videos frame by frame with mmcv, and writes them as MP4."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import numpy as np
 from mmdet_lors.errors import UserError
 
 DEFAULT_FPS = 25.0
-"""For a video that does not say how fast it is."""
+"""Frames per second of a video that does not state its own."""
 
 
 def open_video(path: str) -> mmcv.VideoReader:
-    """The frames (H, W, 3), BGR, as an iterable that also has ``fps`` and ``frame_cnt``, which is an estimate.
+    """A video's frames (H, W, 3), BGR, as an iterable that also has ``fps`` and an estimated ``frame_cnt``.
 
     Raises:
         UserError: a file that OpenCV cannot read as a video.
@@ -25,11 +25,11 @@ def open_video(path: str) -> mmcv.VideoReader:
 
 
 class VideoFile:
-    """An MP4 that is opened at its first frame, whose size it takes.
+    """An MP4 file that is opened at its first frame, and has that frame's size.
 
     Args:
         path: the file.
-        fps: frames per second; 0 or less stands for 25.
+        fps: frames per second; 0 or less means 25.
     """
 
     def __init__(self, path: Path, fps: float) -> None:

@@ -19,7 +19,7 @@ from .pictures import Reader, name_of
 from .results import boxes
 
 MAX_PIXELS = 40_000_000
-"""Of a picture: a small file may unpack to a huge one."""
+"""Most pixels of a picture: a small file may unpack to a huge one."""
 SHOWN_SIDE = 1600
 """Longer side, in pixels, of what is sent to the browser."""
 COLUMNS = [
@@ -39,7 +39,7 @@ def read_picture(data: bytes, name: str, reader: Reader) -> np.ndarray:
     """An image file's content as (H, W, 3), BGR, in the frame in which the detector's config loads it.
 
     Raises:
-        UserError: no image, or one of too many pixels.
+        UserError: the file is not an image, or has too many pixels.
     """
     try:
         with Image.open(BytesIO(data)) as header:
@@ -58,14 +58,14 @@ def read_picture(data: bytes, name: str, reader: Reader) -> np.ndarray:
 
 
 class Detections:
-    """What the page shows of one picture: kept, so that another lowest score needs no new run of the detector."""
+    """One picture's detections, kept so that another lowest score does not need another run of the detector."""
 
     def __init__(self, inferencer: Inferencer, image: np.ndarray, name: str) -> None:
         self.inferencer, self.image, self.name = inferencer, image, name
         self.sample: DetDataSample = next(inferencer.stream(image))[1]
 
     def picture(self, score_thr: float) -> tuple[str, int]:
-        """The picture with its boxes, as the address of an image that holds its own data, and its width."""
+        """The picture with its boxes, as a ``data:`` URL, and its width."""
         drawn = self.inferencer.draw(self.image, self.sample, score_thr)
         if max(drawn.shape[:2]) > SHOWN_SIDE:
             drawn = mmcv.imrescale(drawn, (SHOWN_SIDE, SHOWN_SIDE))
@@ -109,11 +109,11 @@ class Page:
             auto_upload=True,
             max_file_size=self.max_bytes,
             on_upload=self.uploaded,
-            on_rejected=lambda: self.say(f"the file is no image or larger than {self.max_bytes / 10**6:g} MB"),
+            on_rejected=lambda: self.say(f"the file is not an image, or is larger than {self.max_bytes / 10**6:g} MB"),
         )
         self.upload = upload.props('accept="image/*" flat bordered').classes("w-full")
         if self.example:
-            ui.button("Take an example", icon="image", on_click=self.take_example).props("outline no-caps")
+            ui.button("Try an example", icon="image", on_click=self.take_example).props("outline no-caps")
         with ui.column().classes("w-full gap-0"):
             with ui.row().classes("w-full justify-between"):
                 ui.label("Lowest score")
@@ -124,7 +124,7 @@ class Page:
         self.message = ui.label().classes("text-negative").props("role=alert")
 
     def _outputs(self) -> None:
-        self.summary = ui.label("Choose a picture, or drop one on the field.").classes("text-base").mark("summary")
+        self.summary = ui.label("Choose a picture, or drop one here.").classes("text-base").mark("summary")
         self.spinner = ui.spinner(size="lg")
         self.spinner.visible = False
         self.picture = ui.image().classes("w-full rounded shadow").props("no-spinner alt=Boxes")
@@ -134,11 +134,11 @@ class Page:
         self.table.visible = False
 
     def say(self, message: str) -> None:
-        """Show what went wrong, or nothing any more."""
+        """Show what went wrong; an empty message clears it."""
         self.message.text = message
 
     async def uploaded(self, event: events.UploadEventArguments) -> None:
-        """Detect in the picture that came."""
+        """Detect objects in the uploaded picture."""
         self.upload.reset()
         if event.file.size() > self.max_bytes:
             self.say(f"{event.file.name} is larger than {self.max_bytes / 10**6:g} MB")
@@ -146,7 +146,7 @@ class Page:
         await self.detect(await event.file.read(), event.file.name)
 
     async def take_example(self) -> None:
-        """Detect in the example."""
+        """Detect objects in the example."""
         await self.detect(await run.io_bound(self.example.read_bytes), self.example.name)
 
     async def detect(self, data: bytes, name: str) -> None:
@@ -172,12 +172,12 @@ class Page:
             self.say(message)
 
     async def slid(self, event: events.GenericEventArguments) -> None:
-        """Take another lowest score; the slider's own value may still be on its way."""
+        """Use another lowest score; the slider's own value may still be on its way."""
         self.slider.value = event.args
         await self.show()
 
     async def show(self) -> None:
-        """Picture and table of the boxes above the lowest score."""
+        """Show the picture and the table of boxes above the lowest score."""
         found, score_thr = self.found, self.slider.value
         if found is None:
             return
@@ -203,9 +203,9 @@ def make_app(
 
     Args:
         inferencer: the detector, which visitors share.
-        title: what the page says that it runs.
+        title: what the page shows as its model.
         example: an image to try, or None.
-        max_bytes: largest file that is taken.
+        max_bytes: largest file that is accepted.
         score_thr: where the slider starts.
     """
 

@@ -132,7 +132,7 @@ REFUSED = {
     "batch": (lambda p: np.stack([p, p]), "give the images of a batch one by one"),
     "channels first": (lambda p: p.transpose(2, 0, 1), r"array.transpose\(1, 2, 0\)"),
     "empty": (lambda p: p[:0], r"array of shape \(0, 90, 3\) and type uint8 is not an image"),
-    "objects": (lambda p: p.astype(object), "type object has no numbers"),
+    "objects": (lambda p: p.astype(object), "type object does not hold numbers"),
     "thin": (lambda p: np.zeros((1, 5000, 3), np.uint8), "5000 x 1 pixels, cannot be prepared for the detector"),
     "tensor": (torch.from_numpy, r"tensor.permute\(1, 2, 0\).numpy\(\)"),
     "file object": (lambda p: io.BytesIO(b"x"), r"file.read\(\)"),

@@ -131,7 +131,7 @@ def test_the_slider_leaves_boxes_out(page):
     [
         (b"no image", "bad.png cannot be read as an image"),
         (b"", "bad.png cannot be read as an image"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(600_000), "the file is no image or larger than 0.5 MB"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(600_000), "the file is not an image, or is larger than 0.5 MB"),
     ],
     ids=["text", "empty", "large"],
 )
