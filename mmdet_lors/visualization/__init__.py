@@ -1,4 +1,4 @@
-"""Pictures of predictions, and how they are named."""
+"""Pictures of predictions, and their file names."""
 
 from .drawing import DetectionVisualizer
 from .hook import PicturesHook

@@ -1,4 +1,4 @@
-"""Boxes drawn on images: small images enlarged, class names of any script, one drawing at a time."""
+"""Draws boxes on images: enlarges small images, draws class names of any script, and makes one drawing at a time."""
 
 import logging
 import unicodedata
@@ -20,13 +20,13 @@ from mmengine.dist import master_only
 from mmengine.logging import print_log
 
 MIN_SIDE = 400
-"""Longer side, in pixels, below which an image is enlarged: labels would cover it otherwise."""
+"""Longer side, in pixels, below which an image is enlarged; otherwise labels would cover it."""
 DRAWING = RLock()
-"""Held while something is drawn: matplotlib, and a visualizer's one figure, are not made for several threads."""
+"""Held while something is drawn: neither matplotlib nor a visualizer's figure is safe to use in several threads."""
 
 
 def enlarged(image: np.ndarray, sample: DetDataSample, min_side: int = MIN_SIDE) -> tuple[np.ndarray, DetDataSample]:
-    """A small image (H, W, 3) with its boxes and masks, larger by a whole factor; others come back as they are."""
+    """A small image (H, W, 3), its boxes and masks, enlarged by a whole factor; a larger one is returned unchanged."""
     factor = -(-min_side // max(image.shape[:2]))
     if factor == 1 or {"pred_sem_seg", "pred_panoptic_seg", "gt_sem_seg", "gt_panoptic_seg"} & set(sample.keys()):
         return image, sample
@@ -36,7 +36,7 @@ def enlarged(image: np.ndarray, sample: DetDataSample, min_side: int = MIN_SIDE)
         if instances is None:
             continue
         if "masks" in instances:
-            # Together with the boxes: of all fields one length is asked.
+            # Set as a whole, like the boxes: mmengine wants all fields of equal length.
             instances.masks = _enlarged_masks(instances.masks, factor, size)
         if "bboxes" in instances:
             instances.bboxes = scale_boxes(instances.bboxes, (factor, factor))
@@ -51,13 +51,13 @@ def _enlarged_masks(masks: Any, factor: int, size: tuple[int, int]) -> Any:
 
 @VISUALIZERS.register_module()
 class DetectionVisualizer(DetLocalVisualizer):
-    """mmdet's visualizer; small images are enlarged, and class names drawn with fonts that have their letters.
+    """mmdet's visualizer, which enlarges small images and draws class names with fonts that have their letters.
 
-    A class whose name no font of the machine can draw is drawn by its number, and a line says so. Threads take turns.
+    A class whose name no font of the machine can draw is shown by its number, and the log says so. Threads take turns.
 
     Args:
         min_side: longer side, in pixels, below which an image is enlarged.
-        **fields: mmdet's ``DetLocalVisualizer``'s.
+        **fields: those of mmdet's ``DetLocalVisualizer``.
     """
 
     def __init__(self, name: str = "visualizer", *args: Any, min_side: int = MIN_SIDE, **fields: Any) -> None:
@@ -76,7 +76,7 @@ class DetectionVisualizer(DetLocalVisualizer):
             super().add_datasample(name, image, data_sample, *args, **kwargs)
 
     def draw_texts(self, texts: str | list[str], *args: Any, **kwargs: Any) -> "DetectionVisualizer":
-        """As in mmengine; a dollar sign is one, and begins no formula."""
+        """As in mmengine, but a dollar sign is drawn as such and does not begin a formula."""
         listed = [texts] if isinstance(texts, str) else texts
         if self._families:
             kwargs["font_families"] = [self._families] * len(listed)
@@ -94,7 +94,7 @@ class DetectionVisualizer(DetLocalVisualizer):
 
 @contextmanager
 def _same_colours() -> Iterator[None]:
-    """mmdet varies the colours of masks at random: here each drawing of an image by the same numbers."""
+    """Give each drawing of an image the same colours: mmdet varies those of masks at random."""
     state = np.random.get_state()
     np.random.seed(0)
     try:
@@ -104,9 +104,9 @@ def _same_colours() -> Iterator[None]:
 
 
 def drawable(names: Sequence[str]) -> tuple[tuple[str, ...], list[str] | None]:
-    """Names as they can be drawn, and the font families that this takes, in order; None where the default one has all.
+    """Names that can be drawn, and the font families they need, in order; None if the default one is enough.
 
-    A name with a letter that no font has becomes ``class N``, by its place; one line in the log says so.
+    A name with a letter that no font has becomes ``class N``, N being its place; one line in the log says so.
     """
     names = [" ".join(name.split()) for name in names]
     fonts = ["sans-serif"]
@@ -119,7 +119,7 @@ def drawable(names: Sequence[str]) -> tuple[tuple[str, ...], list[str] | None]:
             missing -= letters
         if not missing:
             break
-    # What only joins or styles its neighbours can be left out.
+    # Characters that only join or style their neighbours can be left out.
     joiners = {letter for letter in missing if unicodedata.category(letter) == "Cf" or letter == "\ufe0f"}
     names = ["".join(letter for letter in name if letter not in joiners) for name in names]
     bad = [place for place, name in enumerate(names) if missing & set(name)]
@@ -147,7 +147,7 @@ def _families() -> Iterator[tuple[str, set[str]]]:
             except (OSError, RuntimeError):
                 continue
     for font in sorted(fontManager.ttflist, key=lambda f: (f.style != "normal", abs(_weight(f.weight) - 400), f.name)):
-        if "lastresort" not in font.name.replace(" ", "").lower():  # it has a box for every letter
+        if "lastresort" not in font.name.replace(" ", "").lower():  # it draws every letter as a box
             yield font.name, _letters(font.fname)
 
 
@@ -156,7 +156,7 @@ def _weight(weight: int | str) -> int:
 
 
 def _letters(path: str) -> set[str]:
-    """The letters of a font that matplotlib can draw; none if it cannot draw with it."""
+    """The letters that matplotlib can draw with this font file."""
     try:
         font = FT2Font(path)
         return set(map(chr, font.get_charmap())) if font.scalable else set()

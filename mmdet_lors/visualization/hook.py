@@ -1,4 +1,4 @@
-"""Pictures of predictions while a run validates and tests."""
+"""Draws pictures of predictions while a run validates and tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ from .output_names import OutputNames, as_picture, below, image_folder
 
 @HOOKS.register_module()
 class PicturesHook(DetVisualizationHook):
-    """mmdet's visualization hook, where every ``interval``-th image gets a picture and every picture is kept.
+    """mmdet's visualization hook, but every ``interval``-th image gets a picture and every picture is kept.
 
     A picture is named by the image's path below the data set's image folder: with its folders in ``test_out_dir``, as
-    ``val_folder_name`` or ``test_folder_name`` in the visualizer's back ends. It draws for segmentation, too.
+    ``val_folder_name`` or ``test_folder_name`` in the visualizer's back ends. It draws segmentation as well.
     """
 
     def __init__(self, *args, **fields) -> None:
@@ -34,14 +34,14 @@ class PicturesHook(DetVisualizationHook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[BaseDataElement]
     ) -> None:
-        """Draw the images of this batch whose turn it is: the same ones in each validation."""
+        """Draw every ``interval``-th image: the same ones in each validation."""
         if self.draw:
             self._draw("val", runner.val_dataloader, batch_idx, outputs, step=runner.iter)
 
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[BaseDataElement]
     ) -> None:
-        """Draw the images of this batch whose turn it is, objects on the left and predictions on the right."""
+        """Draw every ``interval``-th image, ground truth on the left and predictions on the right."""
         if self.draw:
             folder = Path(runner.work_dir, runner.timestamp, self.test_out_dir) if self.test_out_dir else None
             self._draw("test", runner.test_dataloader, batch_idx, outputs, folder=folder)

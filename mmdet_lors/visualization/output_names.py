@@ -1,4 +1,4 @@
-"""Names of what is written about images: by an image's whole path, and none is given twice."""
+"""Names of files written about images: made from an image's whole path, and never given twice."""
 
 import hashlib
 import os
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 PICTURES = (".jpg", ".jpeg", ".png")
-"""Formats in which the picture of an image is written too; of others it becomes a PNG."""
+"""Formats that an image's picture keeps; for an image of any other format it is a PNG."""
 MAX_BYTES = 200
-"""Of a file's name: file systems end at 255, and what writes pictures may add a step and an ending."""
+"""Longest file name: file systems allow 255 bytes, and the writer of a picture may add a step and an ending."""
 
 
 def below(path: str, folder: str | None) -> Path:
-    """The path of an image below ``folder``; its whole path without the root where it lies elsewhere."""
+    """The path of an image below ``folder``; if it lies elsewhere, its whole path without the root."""
     _, _, address = path.partition("://")
     where = Path(address or os.path.abspath(path))
     if folder is not None and not address:
@@ -25,12 +25,12 @@ def below(path: str, folder: str | None) -> Path:
 
 
 def as_picture(path: Path) -> Path:
-    """The name of an image's picture: its own, or with ``.png`` behind it where the format is not one of pictures."""
+    """The name of an image's picture: the image's own, with ``.png`` added if its format is not in ``PICTURES``."""
     return path if path.suffix.lower() in PICTURES else path.with_name(path.name + ".png")
 
 
 def common_folder(folders: list[str]) -> str | None:
-    """The deepest folder that has all of these below it; None for none, or on several drives."""
+    """The deepest folder that contains all of these; None if there are none, or if they are on several drives."""
     try:
         return os.path.commonpath([os.path.abspath(folder) for folder in folders])
     except ValueError:
@@ -38,7 +38,7 @@ def common_folder(folders: list[str]) -> str | None:
 
 
 def image_folder(dataset: Any) -> str | None:
-    """The folder below which a data set has its images, also one that wraps others; None where it does not say."""
+    """The folder that contains a data set's images, or those of the data sets it wraps; None if it is not stated."""
     inner = getattr(dataset, "datasets", None) or [d for d in [getattr(dataset, "dataset", None)] if d is not None]
     if inner:
         folders = [image_folder(d) for d in inner]
@@ -51,7 +51,7 @@ def image_folder(dataset: Any) -> str | None:
 class OutputNames:
     """Gives each file a name of its own.
 
-    Names that differ only in case or in how Unicode writes an accent are one, as they are to some file systems.
+    Names that differ only in case or in how Unicode writes an accent count as equal, as on some file systems.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ def _key(name: Path) -> str:
 
 
 def _short(part: str) -> str:
-    """A part of a path, cut with a checksum behind it where it is too long for a file's name."""
+    """A part of a path; one that is too long for a file name is cut and ends with a checksum."""
     if len(os.fsencode(part)) <= MAX_BYTES:
         return part
     stem, dot, ending = part.rpartition(".")
