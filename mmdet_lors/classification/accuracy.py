@@ -13,12 +13,12 @@ class Accuracy(BaseMetric):
     """Per cent of images whose true class is among the k with the highest scores, for each k.
 
     Args:
-        topk: the k.
-        collect_device: where the processes' results are put together, 'cpu' or 'gpu'.
-        prefix: comes before the names: 'accuracy/top1'.
+        topk: the values of k.
+        collect_device: where the processes' results are collected, 'cpu' or 'gpu'.
+        prefix: put before the names: 'accuracy/top1'.
 
     Raises:
-        UserError: k below 1, or above the number of classes once the data set is known.
+        UserError: a k below 1, or, once the data set is known, above its number of classes.
     """
 
     default_prefix = "accuracy"
@@ -31,14 +31,14 @@ class Accuracy(BaseMetric):
 
     @BaseMetric.dataset_meta.setter
     def dataset_meta(self, dataset_meta: dict) -> None:
-        """What the data set says of itself; ``classes`` is read."""
+        """The data set's ``metainfo``, of which ``classes`` is read."""
         classes = len(dataset_meta["classes"])
         if max(self.topk) > classes:
             raise UserError(f"Accuracy.topk has {max(self.topk)}, but the data set has {classes} classes")
         self._dataset_meta = dataset_meta
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Keep, per image, for each k whether it was right."""
+        """Record for each image whether it was right for each k."""
         for sample in data_samples:
             ranked = sample["scores"].topk(max(self.topk)).indices.tolist()
             self.results.append([sample["label"] in ranked[:k] for k in self.topk])

@@ -1,4 +1,4 @@
-"""One of timm's models as an mmengine model: loss with Mixup, CutMix and label smoothing, and prediction."""
+"""A timm model as an mmengine model: loss with Mixup, CutMix and label smoothing, and prediction."""
 
 from difflib import get_close_matches
 
@@ -14,7 +14,7 @@ from mmdet_lors.errors import UserError
 
 
 def create_network(model_name: str, **fields) -> nn.Module:
-    """``timm.create_model``.
+    """Call ``timm.create_model``, with errors of one line.
 
     Raises:
         UserError: a name that timm does not know, or settings that its model refuses.
@@ -22,8 +22,8 @@ def create_network(model_name: str, **fields) -> nn.Module:
     if not timm.is_model(model_name):
         close = get_close_matches(model_name, timm.list_models(), n=3)
         raise UserError(
-            f"network.model_name {model_name!r} is none of timm {timm.__version__}'s models; "
-            + (f"close to it: {', '.join(close)}" if close else "timm.list_models() has their names")
+            f"network.model_name {model_name!r} is not a model of timm {timm.__version__}; "
+            + (f"close to it: {', '.join(close)}" if close else "timm.list_models() lists them")
         )
     try:
         return timm.create_model(model_name, **fields)
@@ -40,12 +40,13 @@ class TimmClassifier(BaseModel):
         network: ``model_name`` and further arguments of ``timm.create_model``.
         num_classes: logits per image.
         label_smoothing: share of a target that is spread over all classes, 0 to 1.
-        mixup: fields of ``timm.data.Mixup``, such as ``mixup_alpha`` and ``cutmix_alpha``; None: images as they are.
+        mixup: fields of ``timm.data.Mixup``, such as ``mixup_alpha`` and ``cutmix_alpha``; None leaves images as they
+            are.
         data_preprocessor: mmengine's ``ImgDataPreprocessor`` or another that gives ``inputs`` and ``data_samples``.
-        init_cfg: initialisers of ``network``, such as :class:`PretrainedParts`; without, timm's own weights stay.
+        init_cfg: initialisers of ``network``, such as :class:`PretrainedParts`; None keeps timm's own weights.
 
     Raises:
-        UserError: names the field that cannot work.
+        UserError: names the field that is wrong.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class TimmClassifier(BaseModel):
         self.criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(label_smoothing)
 
     def init_weights(self) -> None:
-        """Apply ``init_cfg`` to the network; timm has initialised it when it was built."""
+        """Apply ``init_cfg`` to the network, which timm initialised when it built it."""
         if self.init_cfg:
             initialize(self.network, self.init_cfg)
         self._is_init = True
@@ -94,7 +95,7 @@ class TimmClassifier(BaseModel):
         raise ValueError(f"mode must be 'tensor', 'loss' or 'predict', got {mode!r}")
 
     def loss(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Cross entropy to smoothed, with ``mixup`` also mixed targets, averaged over images.
+        """Cross entropy with smoothed and, with ``mixup``, mixed targets, averaged over images.
 
         Args:
             images: (B, C, H, W).
@@ -113,11 +114,11 @@ class TimmClassifier(BaseModel):
             # Mixup writes into the images that it is given.
             images, targets = self.mixup(images.clone(), labels)
         logits = self.network(images)
-        # float32 under autocast, but no less than what the network computes in.
+        # float32 under autocast, but never a lower precision than the network's.
         return dict(loss=self.criterion(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets))
 
     def predict(self, images: Tensor, labels: Tensor | None = None) -> list[dict]:
-        """Per image ``scores``, (num_classes,) probabilities, and ``label``, the true one where it is known."""
+        """Per image ``scores``, (num_classes,) probabilities, and ``label``, the true one if it is known, else None."""
         scores = self.network(images).float().softmax(dim=1)
         labels = [None] * len(scores) if labels is None else labels.tolist()
         return [dict(scores=s, label=label) for s, label in zip(scores, labels, strict=True)]

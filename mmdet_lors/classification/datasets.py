@@ -1,4 +1,4 @@
-"""Data sets of classification: scikit-learn's digits, which are embedded, CIFAR-100, and ImageNet-style folders."""
+"""Classification data sets: scikit-learn's digits, which come with it, CIFAR-100, and ImageNet-style folders."""
 
 import inspect
 from collections.abc import Sequence
@@ -23,25 +23,25 @@ CIFAR100_HINT = (
 
 
 MAX_REPLACED = 1000
-"""Images in a row that training may replace."""
+"""How many images in a row training may replace."""
 
 
 class ClassificationDataset(Dataset):
-    """Images with one label each, made to tensors by timm's transforms.
+    """Images with one label each, turned into tensors by timm's transforms.
 
-    To train, an image that cannot be read is replaced by another, random one, and logged once; to validate it is an
-    error.
+    In training, an image that cannot be read is replaced by another, random one, and logged once; in validation it is
+    an error.
 
     Args:
         source: (PIL image, label) of every image.
         classes: their names, in the order of the labels.
-        transform: fields of ``timm.data.create_transform`` but for normalisation, which is the data preprocessor's.
-            ``is_training`` says what the data set is for.
-        max_unusable_share: share of all images, 0 to 1, of which each process may meet as many that it cannot read.
+        transform: fields of ``timm.data.create_transform``, except for normalisation, which the data preprocessor
+            does. ``is_training`` says what the data set is for.
+        max_unusable_share: largest share of all images, 0 to 1, that each process may find unusable.
 
     Raises:
-        UserError: an unknown field of ``transform``, or no share; when an image is asked for: images that cannot be
-            read, see above.
+        UserError: an unknown field of ``transform``, or a share outside [0, 1]; when an image is loaded: images that
+            cannot be read, see above.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ClassificationDataset(Dataset):
         self.unusable = UnusableImages(len(source), max_unusable_share)
         self.metainfo = dict(classes=tuple(classes))
         try:
-            # With timm's own prefetcher a transform ends with the image in uint8; our preprocessor is in its place.
+            # For timm's prefetcher a transform ends with the image in uint8; our preprocessor does the rest instead.
             self.transform = create_transform(**transform, use_prefetcher=True)
         except (TypeError, AssertionError, KeyError) as error:
             raise UserError(f"{type(self).__name__}.transform: {error}") from error
@@ -87,10 +87,10 @@ class ClassificationDataset(Dataset):
 
     @classmethod
     def check(cls, **fields) -> tuple[str, ...]:
-        """The classes of a data set with these fields, found without reading its images where that takes long.
+        """Check these fields of a data set and return its classes, without reading images if that would take long.
 
         Raises:
-            UserError: what is missing or unknown, and how to mend it.
+            UserError: what is missing or unknown, and how to fix it.
         """
         cls._check_fields(fields)
         return cls(**fields).metainfo["classes"]
@@ -110,9 +110,9 @@ def _check_split(split: str) -> None:
 
 @DATASETS.register_module()
 class SklearnDigits(ClassificationDataset):
-    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: 1,442 to train, 355 to validate.
+    """The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: 1,442 for training, 355 for validation.
 
-    Every fifth image of a class validates. Images are grey: one channel.
+    Every fifth image of a class is for validation. Images are grey: one channel.
 
     Args:
         split: 'train' or 'val'.
@@ -121,7 +121,7 @@ class SklearnDigits(ClassificationDataset):
 
     def __init__(self, split: str, transform: dict) -> None:
         _check_split(split)
-        # Imported late: it takes a second, which only this data set should cost.
+        # Imported here because it takes a second, which only this data set should cost.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -136,15 +136,15 @@ class SklearnDigits(ClassificationDataset):
 
 @DATASETS.register_module()
 class CIFAR100(ClassificationDataset):
-    """CIFAR-100: 50,000 images of 32 x 32 pixels to train, 10,000 to validate.
+    """CIFAR-100: 50,000 images of 32 x 32 pixels for training, 10,000 for validation.
 
     Args:
-        data_root: the folder that has ``cifar-100-python/``.
+        data_root: the folder that contains ``cifar-100-python/``.
         split: 'train' or 'val'.
         transform: see :class:`ClassificationDataset`.
 
     Raises:
-        UserError: files that are missing or damaged.
+        UserError: files are missing or damaged.
     """
 
     def __init__(self, data_root: str, split: str, transform: dict) -> None:
@@ -165,8 +165,8 @@ class ImageFolder(ClassificationDataset):
     """Pictures in one folder per class, as ImageNet is unpacked: ``train/n01440764/n01440764_18.JPEG``.
 
     Args:
-        data_root: the folder that has ``train/`` and ``val/``.
-        split: name of the folder below it.
+        data_root: the folder that contains ``train/`` and ``val/``.
+        split: name of one of these folders.
         transform, max_unusable_share: see :class:`ClassificationDataset`.
 
     Raises:
@@ -185,7 +185,7 @@ class ImageFolder(ClassificationDataset):
 
     @classmethod
     def check(cls, **fields) -> tuple[str, ...]:
-        """The classes, from the folders' names alone; see :meth:`ClassificationDataset.check`."""
+        """The classes, from the names of the folders only; see :meth:`ClassificationDataset.check`."""
         cls._check_fields(fields)
         ClassificationDataset([], [], fields["transform"], fields.get("max_unusable_share", MAX_UNUSABLE_SHARE))
         return cls._classes(fields["data_root"], fields["split"])

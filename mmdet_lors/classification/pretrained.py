@@ -1,4 +1,4 @@
-"""ImageNet weights for some parts of a model: Table 11 of the LORS paper."""
+"""ImageNet weights for some parts of a model, as in Table 11 of the LORS paper."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ def read_weights(checkpoint: str) -> Mapping[str, Tensor]:
     """The weights of a timm model, by name.
 
     Args:
-        checkpoint: a .safetensors file; a file of torch with the weights in it, or below 'model' or 'state_dict'; or
-            'timm://NAME', which timm downloads.
+        checkpoint: a .safetensors file; a torch checkpoint with the weights at its top level or under 'model' or
+            'state_dict'; or 'timm://NAME', which timm downloads.
 
     Raises:
-        UserError: what cannot be read or downloaded, and why.
+        UserError: the file cannot be read or downloaded; says why.
     """
     if checkpoint.startswith(TIMM):
         name = checkpoint.removeprefix(TIMM)
@@ -34,7 +34,7 @@ def read_weights(checkpoint: str) -> Mapping[str, Tensor]:
             with weights_only():
                 return timm.create_model(name, pretrained=True).state_dict()
         except Exception as error:
-            # Whatever its network stack raises: there is no common class.
+            # timm's network stack raises errors of no common class.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"init_cfg.checkpoint {checkpoint} cannot be loaded: {reason}; a file on disk works as well"
@@ -46,17 +46,17 @@ def read_weights(checkpoint: str) -> Mapping[str, Tensor]:
             raise UserError(f"checkpoint {checkpoint} cannot be read: {error}") from error
     content = read_checkpoint(checkpoint)
     weights = content.get("model", content.get("state_dict", content))
-    # A classifier of ours keeps timm's model below this name.
+    # Our own classifier keeps timm's model under this name.
     return {name.removeprefix("network."): weight for name, weight in weights.items()}
 
 
 @WEIGHT_INITIALIZERS.register_module()
 class PretrainedParts:
-    """Copies the trained weights of the named parts into a model, and leaves the others alone.
+    """Copies the trained weights of the named parts into a model, and leaves all others as they are.
 
     Args:
         checkpoint: see :func:`read_weights`.
-        parts: a weight belongs to a part when its name has it between dots: ``blocks.0.attn.qkv.weight`` to 'attn'.
+        parts: a weight belongs to a part if its dotted name contains it: ``blocks.0.attn.qkv.weight`` to 'attn'.
 
     Raises:
         UserError: a part that the model does not have, a weight that the checkpoint does not have or has in another
@@ -73,7 +73,7 @@ class PretrainedParts:
         chosen = {part: [name for name in ours if part in name.split(".")] for part in self.parts}
         for part, names in chosen.items():
             if not names:
-                raise UserError(f"init_cfg.parts has {part!r}, which is in no weight's name of {type(module).__name__}")
+                raise UserError(f"init_cfg.parts has {part!r}, which no weight's name of {type(module).__name__} has")
             for name in names:
                 if name not in theirs:
                     raise UserError(f"init_cfg.checkpoint {self.checkpoint} has no {name}")

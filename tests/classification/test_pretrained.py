@@ -72,7 +72,7 @@ def test_lorst_starts_from_the_loaded_weights(init, trained, checkpoint):
 def test_refuses_weights_that_do_not_fit(trained, checkpoint, tmp_path):
     state = trained.state_dict()
     for change, parts, message in (
-        ({}, ["atn"], "parts has 'atn', which is in no weight's name of VisionTransformer"),
+        ({}, ["atn"], "parts has 'atn', which no weight's name of VisionTransformer has"),
         ({"blocks.1.attn.qkv.weight": None}, ATTENTION, "has no blocks.1.attn.qkv.weight"),
         ({"blocks.1.mlp.fc1.bias": torch.zeros(3)}, FFN, r"blocks.1.mlp.fc1.bias of shape \(3,\) instead of \(64,\)"),
     ):

@@ -74,7 +74,7 @@ def test_testing_writes_metrics_and_scores(trained, tmp_path):
         ),
         (PLAIN, "model.num_classes=7", "model.num_classes is 7, but train_dataloader's data set has 10 classes"),
         (LORS, "model.model.num_classes=7", "model.model.num_classes is 7, but train_dataloader's data set has 10"),
-        (PLAIN, "model.network.model_name=vit_tinny", "network.model_name 'vit_tinny' is none of timm"),
+        (PLAIN, "model.network.model_name=vit_tinny", "network.model_name 'vit_tinny' is not a model of timm"),
         (PLAIN, "model.network.deptth=3", "unexpected keyword argument 'deptth'"),
         (PLAIN, "model.mixup.alpha=1", "--cfg-options does not fit config"),
         (PLAIN, "model.label_smoothing=2", "label_smoothing must be in [0, 1), got 2"),

@@ -30,7 +30,7 @@ def test_runs(tmp_path, monkeypatch, capsys):
     [
         (["--repeats", "0"], "error: --repeats must be 1 or more, got 0"),
         (["--model", "test_vit", "--ratio", "1000"], r"error: ratio 1000.0 leaves blocks.0.attn.qkv"),
-        (["--model", "test_vitt"], "error: network.model_name 'test_vitt' is none of timm"),
+        (["--model", "test_vitt"], "error: network.model_name 'test_vitt' is not a model of timm"),
         (["--model", "test_vit", "--checkpoint", "nowhere.pth"], "error: checkpoint nowhere.pth does not exist"),
     ],
 )
