@@ -1,1 +1,1 @@
-"""What a model costs, counted from what its config builds; what the studies and tools that measure share."""
+"""Counts what a model costs, from what its config builds; and code shared by the studies and measuring tools."""

@@ -5,7 +5,7 @@ The forward pass runs on the meta device: shapes only, no arithmetic, no weights
 - **products**: multiply-adds of convolutions, matrix products and attention; (a x b) times (b x c) has a b c.
 - **elements**: everything else that computes: 2 for each element that a norm writes (normalise; scale and shift),
   4 for each that bilinear sampling writes, 1 for each that an activation, a sum or any other elementwise operation
-  writes; a reduction counts what it reads. Views and copies are free, and so is the bias inside a product.
+  writes; a reduction counts what it reads. Views, copies, and the bias inside a product are free.
 
 **Multiply-adds** are their sum. Object detection papers call it FLOPs.
 """
@@ -50,7 +50,7 @@ COMPONENTS = {
 }
 """Component of the decoder -> names of its modules and parameters; the first that matches counts.
 
-What LORSA adds up (shared + private) is part of the private path's cost. The per-stage biases of LORST are private.
+LORSA's sum (shared + private) is part of the private path's cost. The per-stage biases of LORST are private.
 """
 
 _aten = torch.ops.aten
@@ -63,7 +63,7 @@ _WRITES = {_aten._softmax, _aten._safe_softmax, _aten._log_softmax, _aten.max_po
 
 @dataclass
 class Cost:
-    """What one part costs: numbers of parameters, and operations for one image."""
+    """The cost of one part: numbers of parameters, and operations for one image."""
 
     parameters: int = 0
     trainable: int = 0
@@ -116,7 +116,7 @@ class Report:
         return self.total.parameters + 4 * self.num_queries
 
     def as_dict(self) -> dict:
-        """Everything, for machines."""
+        """All numbers, for JSON."""
         return dict(
             input=self.size and "x".join(map(str, self.size)),
             num_queries=self.num_queries,
@@ -129,14 +129,14 @@ class Report:
 
 
 def build_on_meta(model_cfg: dict) -> QueryBased:
-    """The detector of this model config without any weights, in evaluation mode.
+    """Build the detector of this model config without any weights, in evaluation mode.
 
     Raises:
         UserError: the config builds another kind of model.
     """
     model = build_without_weights(model_cfg)
     if not isinstance(model, QueryBased):
-        raise UserError(f"model.type {model_cfg.get('type')!r} is not counted by this report; it counts QueryBased")
+        raise UserError(f"model.type {model_cfg.get('type')!r} cannot be counted by this report; it counts QueryBased")
     return model.eval()
 
 
@@ -155,7 +155,7 @@ class OperationCounter(TorchDispatchMode):
 
     @contextmanager
     def named(self) -> Iterator["OperationCounter"]:
-        """Count, with names."""
+        """Count, by module name."""
         hooks = []
         for name, module in self._model.named_modules():
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
@@ -169,10 +169,10 @@ class OperationCounter(TorchDispatchMode):
 
     @contextmanager
     def _deformable(self) -> Iterator[None]:
-        """Stand in for mmcv's deformable convolutions, which do not run on the meta device.
+        """Replace mmcv's deformable convolutions, which do not run on the meta device.
 
         An ordinary convolution of the same shape has their products; the sampling is added by hand: 4 elements for
-        each sampled value, 1 more where a mask multiplies it.
+        each sampled value, 1 more if a mask multiplies it.
         """
 
         def convolve(extra: int, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
@@ -219,7 +219,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def component(name: str) -> str:
-    """The component of the decoder that a module or parameter of this name, without 'decoder.', belongs to."""
+    """The decoder's component that a module or parameter belongs to, by its name without 'decoder.'."""
     return next(label for label, pattern in COMPONENTS.items() if re.match(pattern, name))
 
 
@@ -230,7 +230,7 @@ def count_operations(model: QueryBased, size: tuple[int, int]) -> OperationCount
     """
     divisor = getattr(model.data_preprocessor, "pad_size_divisor", 1)
     width, height = (math.ceil(side / divisor) * divisor for side in size)
-    # With gradients on, PyTorch's fused inference path for attention, which hides its operations, stays off.
+    # Enabling gradients turns off PyTorch's fused inference path for attention, which hides its operations.
     decoder = model.decoder
     for half, path in ((decoder.lorsa, "weights"), (decoder.lorst, "features")):
         if half is not None:
@@ -245,10 +245,10 @@ def measure(model_cfg: dict, size: tuple[int, int] | None = (1280, 800)) -> Repo
 
     Args:
         model_cfg: the ``model`` of a config.
-        size: (W, H) in pixels, padded as the data preprocessor pads; None counts parameters alone.
+        size: (W, H) in pixels, padded as the data preprocessor pads; None counts parameters only.
 
     Raises:
-        UserError: a model that is no :class:`QueryBased`.
+        UserError: a model that is not a :class:`QueryBased`.
     """
     model = build_on_meta(model_cfg)
     costs: dict[str, Cost] = defaultdict(Cost)
@@ -277,5 +277,5 @@ def measure(model_cfg: dict, size: tuple[int, int] | None = (1280, 800)) -> Repo
 
 
 def encoder_parameters(model_cfg: dict) -> int:
-    """Parameters of a vision transformer's layers, of a shared weight once; ``model_cfg`` is a config's ``model``."""
+    """Parameters of a vision transformer's layers, shared weights once; ``model_cfg`` is a config's ``model``."""
     return sum(p.numel() for p in build_without_weights(model_cfg).network.blocks.parameters())

@@ -1,4 +1,4 @@
-"""What the analysis tools hand out: pictures, and tables on the terminal."""
+"""Output of the analysis tools: pictures, and tables on the terminal."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from mmdet_lors.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg")
 WIDTH = 130
-"""Columns of a table that goes to a file or a pipe."""
+"""Columns of a table that is written to a file or a pipe."""
 
 
 def check_writable(option: str, path: Path, formats: tuple[str, ...] = FORMATS) -> None:
-    """Refuse a file that could not be written, before the work is done.
+    """Refuse, before the work is done, a file that could not be written.
 
     Raises:
         UserError: another ending than one of ``formats``, a folder, or a file in a folder that does not exist.
@@ -37,6 +37,6 @@ def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:
 
 
 def console() -> Console:
-    """The terminal, or :data:`WIDTH` columns where the output goes elsewhere."""
+    """The terminal, or a console of :data:`WIDTH` columns if the output goes elsewhere."""
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=WIDTH)

@@ -1,4 +1,4 @@
-"""What the studies on embedded data share: runs of the tools that are not repeated, side by side, and their tables."""
+"""Shared by the studies on embedded data: runs of the tools, each done once and several at a time, and their tables."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ _READING = Lock()
 
 @cache
 def read(config: str) -> Config:
-    """A config below the project's folder, read once; not to be changed."""
+    """A config below the project's folder, read once; do not change it."""
     with _READING:
         return Config.fromfile(ROOT / config)
 
@@ -36,13 +36,13 @@ def read(config: str) -> Config:
 def add_study_options(parser: argparse.ArgumentParser, name: str) -> None:
     """The options that all studies have: how many runs at a time, where they are, and the page."""
     work, page = Path("work_dirs") / name, ROOT / "docs" / f"{name}.md"
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--work-dir", type=Path, default=work, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=page, help="(default: %(default)s)")
 
 
 def call(*command: str, log: Path) -> None:
-    """Run one of the tools with one thread; what it prints goes to the log.
+    """Run one of the tools with one thread, and append its output to the log.
 
     Raises:
         UserError: it failed; names the log.
@@ -63,7 +63,7 @@ def machine() -> str:
 
 
 def once(folder: Path, work: Callable[[], dict]) -> dict:
-    """What this run found: read from its folder's result.json, which only a run that has finished leaves there."""
+    """This run's result, read from its folder's result.json if the run has finished before, else by running it."""
     result = folder / "result.json"
     if result.is_file():
         return json.loads(result.read_text())
@@ -77,11 +77,11 @@ def train(config: str, folder: Path, options: Sequence[str]) -> float:
     """Train into a folder.
 
     Args:
-        config: below the project's folder.
-        options: of --cfg-options.
+        config: its path below the project's folder.
+        options: values of --cfg-options.
 
     Returns:
-        Seconds by the clock, starting and loading included.
+        Wall-clock seconds, start and loading included.
 
     Raises:
         UserError: see :func:`call`.
@@ -108,27 +108,27 @@ def evaluate(config: str, checkpoint: Path, folder: Path, options: Sequence[str]
 
 
 def last_epoch_only(epochs: int) -> list[str]:
-    """--cfg-options that keep the last epoch's checkpoint alone, and leave evaluation to :func:`evaluate`."""
+    """--cfg-options that keep only the last epoch's checkpoint, and leave evaluation to :func:`evaluate`."""
     checkpoint = "default_hooks.checkpoint"
     return [f"train_cfg.val_interval={epochs + 1}", f"{checkpoint}.interval={epochs}", f"{checkpoint}.save_best=None"]
 
 
 def side_by_side(task: Callable[[Run], dict], runs: Iterable[Run], jobs: int) -> Iterator[tuple[Run, dict]]:
-    """Each run with what the task found, in their order, ``jobs`` of them at a time."""
+    """Each run with its task's result, in the order of the runs, ``jobs`` of them at a time."""
     runs = list(runs)
     with ThreadPoolExecutor(jobs) as pool:
         yield from zip(runs, pool.map(task, runs), strict=True)
 
 
 def made_by(name: str, options: str, jobs: int) -> str:
-    """How a page begins: the command, the day, the machine."""
+    """The beginning of a page: the command, the day, the machine."""
     command = f"python tools/analysis_tools/{name}.py {options}"
     side = f"{jobs} runs side by side with one thread each"
     return f"Made by `{command}` on {date.today()}; {machine()}, {side}"
 
 
 def link(config: str) -> str:
-    """To a config, from a page in docs/."""
+    """A link to a config from a page in docs/."""
     return f"[{Path(config).stem}](../{config})"
 
 

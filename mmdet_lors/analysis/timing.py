@@ -1,4 +1,4 @@
-"""Time by the clock of several things that take turns: a slow moment of the machine hits them all."""
+"""Wall-clock times of several functions that take turns, so that a slow moment of the machine hits them all."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,13 +10,13 @@ from .study import machine
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait for a GPU; a CPU is never ahead."""
+    """Wait until a GPU has finished; a CPU needs no waiting."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(call: Callable[[], object], device: torch.device | str, steps: int = 1) -> float:
-    """How long one call takes, the mean of ``steps`` in a row."""
+    """Seconds that one call takes, as the mean of ``steps`` calls in a row."""
     synchronise(device)
     begin = time.perf_counter()
     for _ in range(steps):
@@ -28,16 +28,16 @@ def seconds(call: Callable[[], object], device: torch.device | str, steps: int =
 def interleaved(
     timed: Mapping[str, Callable[[], float]], turns: int, warm_up: int = 1, alternate: bool = False
 ) -> dict[str, list[float]]:
-    """Let each take its turn, round after round.
+    """Time each function in turn, round after round.
 
     Args:
         timed: functions that do their work and return its seconds, by name.
         turns: rounds that count.
-        warm_up: rounds before, which do not.
-        alternate: every second round goes backwards, so that nobody always follows the same one.
+        warm_up: earlier rounds, which do not count.
+        alternate: run every second round backwards, so that no function always follows the same one.
 
     Returns:
-        The seconds of each, one number a round.
+        The seconds of each function, one number per round.
     """
     found: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(-warm_up, turns):
@@ -49,10 +49,10 @@ def interleaved(
 
 
 def ratio(found: Mapping[str, Sequence[float]], name: str, base: str) -> float:
-    """Median over rounds of the ratio within the round."""
+    """The median over rounds of the ratio of times within a round."""
     return median(a / b for a, b in zip(found[name], found[base], strict=True))
 
 
 def hardware(device: torch.device | str) -> str:
-    """What ran it: the GPU, or processor and number of cores."""
+    """The hardware in use: the GPU, or processor and number of cores."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else machine()
