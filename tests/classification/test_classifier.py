@@ -87,7 +87,7 @@ def test_other_architectures(labels):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(network=dict(model_name="deit_tinny")), "network.model_name 'deit_tinny' is not a model of .* close to it"),
+        (dict(network=dict(model_name="deit_tinny")), "network.model_name 'deit_tinny' is not a model .* close to it"),
         (dict(network=dict(depth=3)), "network.model_name is missing; network has depth"),
         (dict(network=dict(NETWORK, embed_dim=17)), "network vit_tiny_patch16_224: "),
         (dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\), got 1.5"),
