@@ -136,9 +136,7 @@ def test_classes_in_another_order_than_the_data_set_maps_them(write):
     file = write("val.json", content(categories=((2, "cat"), (1, "dog"))))
     with pytest.raises(UserError, match="the first lists the categories in another order"):
         begin(load(file), CocoMetric(file, sort_categories=True))
-    with pytest.raises(
-        UserError, match="CocoMetric mixes up the classes' figures .* use type='CheckedCocoMetric"
-    ):
+    with pytest.raises(UserError, match="CocoMetric mixes up the classes' figures .* use type='CheckedCocoMetric"):
         begin(load(file), CocoMetric(file, classwise=True))
     begin(load(file), CocoMetric(file), CheckedCocoMetric(file, classwise=True))
 
