@@ -1,4 +1,4 @@
-# As for detection, but without pictures of boxes, and the best checkpoint by accuracy.
+# As for detection, but without pictures of boxes, and with the best checkpoint chosen by accuracy.
 _base_ = "default_runtime.py"
 
 custom_imports = dict(imports=["mmdet_lors", "mmdet_lors.classification"])

@@ -1,4 +1,4 @@
-# What configs in mmengine's new style share: default_runtime.py with classes instead of names.
+# The runtime of configs in mmengine's new style: default_runtime.py with classes instead of names.
 from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.runner import LogProcessor
 from mmengine.visualization import LocalVisBackend

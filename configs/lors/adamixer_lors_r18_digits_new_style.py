@@ -1,4 +1,4 @@
-# adamixer-lors_r18_digits.py in mmengine's new style: classes instead of names. Both build the same.
+# adamixer-lors_r18_digits.py in mmengine's new style: classes instead of names. Both build the same model.
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
 from mmdet.models.backbones import ResNet

@@ -1,5 +1,5 @@
-# A plain ViT as the backbone: DeiT-B at half its size, with ViTDet's simple pyramid. For a student that was distilled,
-# set model.backbone.init_cfg.checkpoint to what extract_student.py writes.
+# A plain ViT as the backbone: DeiT-B at half its size, with ViTDet's simple pyramid. For a distilled student, set
+# model.backbone.init_cfg.checkpoint to the file that extract_student.py writes.
 _base_ = [
     "../_base_/models/adamixer-lors_r50.py",
     "../_base_/datasets/coco_crop-ms-480-800.py",

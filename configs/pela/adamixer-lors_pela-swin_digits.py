@@ -1,4 +1,4 @@
-# A small Swin at two thirds of its size, from scratch: the same strides and channels as the ResNet that it replaces.
+# A small Swin at two thirds of its size, trained from scratch, with the strides and channels of the ResNet it replaces.
 _base_ = "../lors/adamixer-lors_r18_digits.py"
 
 model = dict(

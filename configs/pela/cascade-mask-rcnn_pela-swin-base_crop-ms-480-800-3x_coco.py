@@ -1,7 +1,7 @@
 # Table 3 of the PELA paper. Optimizer, schedule and augmentation are those of MMDetection's Swin; the box heads, four
 # convolutions and a fully connected layer with GIoU, are those with which Swin's authors have 145.0 M parameters. The
-# checkpoint is the uncompressed Swin-B, factorised as it is loaded. For a student that was distilled, write it with
-# `extract_student.py --mmdet-swin` and set model.backbone.backbone.init_cfg.checkpoint to it.
+# checkpoint is the uncompressed Swin-B, which is factorised when it is loaded. For a distilled student, write it with
+# `extract_student.py --mmdet-swin` and set model.backbone.backbone.init_cfg.checkpoint to that file.
 _base_ = [
     "mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py",
     "../_base_/datasets/coco-instance_crop-ms-480-800.py",

@@ -1,4 +1,4 @@
-# A third less than Swin-B; its attention's projections stay whole.
+# Swin-B without a third of its weights; its attention's projections stay uncompressed.
 _base_ = [
     "../_base_/models/pela-distiller.py",
     "../_base_/datasets/imagenet.py",

@@ -1,5 +1,5 @@
-# The compressed classifier by itself: evaluates what extract_student.py writes, and fine-tunes (load_from) that or a
-# checkpoint of vit_digits.py, which is compressed as it is loaded.
+# Only the compressed classifier: to evaluate what extract_student.py writes, and to fine-tune (load_from) that or a
+# checkpoint of vit_digits.py, which is compressed when it is loaded.
 _base_ = "../classification/vit_digits.py"
 
 model = dict(

@@ -1,5 +1,5 @@
 # Table 2 of the PELA paper, DeiT-B at half its size. Everything but the backbone is mmsegmentation's own config of
-# DeiT-B. For a student that was distilled, set model.backbone.init_cfg.checkpoint to what extract_student.py writes.
+# DeiT-B. For a distilled student, set model.backbone.init_cfg.checkpoint to the file that extract_student.py writes.
 _base_ = "mmseg::vit/vit_deit-b16_upernet_8xb2-160k_ade20k-512x512.py"
 
 custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)

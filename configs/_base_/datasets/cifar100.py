@@ -1,4 +1,4 @@
-# CIFAR-100, 32 -> 56 pixels; to train, flipped at random. data/cifar100 has cifar-100-python/.
+# CIFAR-100, 32 -> 56 pixels; training images are flipped at random. data/cifar100 contains cifar-100-python/.
 data_root = "data/cifar100/"
 
 train_dataloader = dict(

@@ -1,4 +1,4 @@
-# mmdet's own COCO settings: resize to (1333, 800), flip, 2 images per GPU; bad annotations and images are told.
+# mmdet's own COCO settings: resize to (1333, 800), flip, 2 images per GPU; bad annotations and images are reported.
 _base_ = "mmdet::_base_/datasets/coco_detection.py"
 
 train_dataloader = dict(dataset=dict(type="CheckedCocoDataset"))

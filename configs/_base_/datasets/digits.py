@@ -1,4 +1,4 @@
-# The embedded data set: `python tools/dataset_converters/digits_to_coco.py` writes data/digits.
+# The embedded data set, written to data/digits by `python tools/dataset_converters/digits_to_coco.py`.
 data_root = "data/digits/"
 metainfo = dict(classes=tuple("0123456789"))
 

@@ -1,5 +1,4 @@
-# ImageNet, or any other folders of one class each below data_root/train and data_root/val: 224 pixels, random crop and
-# flip.
+# ImageNet, or any data with one folder per class in data_root/train and data_root/val: 224 pixels, random crop and flip.
 data_root = "data/imagenet/"
 
 train_dataloader = dict(

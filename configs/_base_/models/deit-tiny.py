@@ -1,4 +1,4 @@
-# DeiT-Tiny for 56 pixels in patches of 4: 197 tokens, as many as of 224 pixels in patches of 16.
+# DeiT-Tiny for 56 pixels in patches of 4: 197 tokens, as many as for 224 pixels in patches of 16.
 model = dict(
     type="TimmClassifier",
     data_preprocessor=dict(type="ImgDataPreprocessor", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]),

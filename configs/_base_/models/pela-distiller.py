@@ -1,5 +1,5 @@
-# Intermediate pre-training on ImageNet: a frozen classifier of timm, and its compressed copy. Table 7 of the paper has
-# each of the two losses alone as well; the released code's run of DeiT leaves the perturbation out.
+# Intermediate pre-training on ImageNet: a frozen timm classifier and its compressed copy. Table 7 of the paper also has
+# each of the two losses alone; the released code's DeiT run leaves out the perturbation loss.
 model = dict(
     type="PELADistiller",
     teacher=dict(

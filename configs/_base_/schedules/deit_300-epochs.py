@@ -1,4 +1,4 @@
-# 8 GPUs x 128 images, AdamW 1e-3; 20 epochs of warm-up, then cosine to 1 %. No weight decay, as timm's models say, on
+# 8 GPUs x 128 images, AdamW 1e-3; 20 epochs of warm-up, then cosine to 1 %. As timm's models ask, no weight decay on
 # norms, biases, the class token and the positions.
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=300, val_interval=1)
 val_cfg = dict(type="ValLoop")

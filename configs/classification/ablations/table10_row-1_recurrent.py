@@ -1,4 +1,4 @@
-# Shared weights alone: the layers differ by biases and norms, a recurrent encoder.
+# Only shared weights, a recurrent encoder: the layers differ only in biases and norms.
 _base_ = "../deit-tiny-lors_cifar100.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# ImageNet weights of DeiT-Tiny, with the norm before each; checkpoint may be a file, too.
+# ImageNet weights of DeiT-Tiny, with the norm before each; checkpoint may also be a file.
 _base_ = "../deit-tiny_cifar100.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# The paper does not give K for 12 stages: as for 6, a third of them has one group each, a third two, a third three.
+# The paper does not give K for 12 stages: as for 6, a third of them have one group each, a third two, a third three.
 _base_ = "../adamixer-lors_r50_100-queries_1x_coco.py"
 
 model = dict(

@@ -1,4 +1,4 @@
-# mmdet's DAB-DETR; LORST in its decoder. cross_attn.qpos_proj is left out: the first layer alone has it.
+# mmdet's DAB-DETR with LORST in its decoder. cross_attn.qpos_proj is left out: only the first layer has it.
 _base_ = "mmdet::dab_detr/dab-detr_r50_8xb2-50e_coco.py"
 
 custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)

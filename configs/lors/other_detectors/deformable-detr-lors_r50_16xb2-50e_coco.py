@@ -1,5 +1,5 @@
-# mmdet's Deformable DETR with iterative box refinement; LORST in its decoder. Of the deformable attention, the offsets
-# and attention weights stay each layer's own: they start from a fixed pattern, with zero weights.
+# mmdet's Deformable DETR with iterative box refinement, with LORST in its decoder. In the deformable attention, offsets
+# and attention weights stay private to each layer: they start from a fixed pattern, with zero weights.
 _base_ = "mmdet::deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py"
 
 custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)

@@ -1,4 +1,4 @@
-# LORST in DINO's encoder, too.
+# LORST in DINO's encoder as well.
 _base_ = "dino-lors_r50_8xb2-12e_coco.py"
 
 model = dict(

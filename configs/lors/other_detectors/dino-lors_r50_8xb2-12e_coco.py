@@ -1,4 +1,4 @@
-# mmdet's DINO with four scales; LORST in its decoder.
+# mmdet's DINO with four scales, with LORST in its decoder.
 _base_ = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"
 
 custom_imports = dict(imports=["mmdet_lors"], allow_failed_imports=False)

@@ -1,5 +1,5 @@
 # A small DINO that learns the embedded digits from scratch: half-width ResNet-18, 3 decoder layers, 20 queries. The
-# width stays 256, which mmdet's DINO takes for granted; without the level of stride 4 it is still quick.
+# width stays 256, which mmdet's DINO assumes; without the level of stride 4 it is still quick.
 _base_ = [
     "../../_base_/models/dino_r50.py",
     "../../_base_/datasets/digits.py",
