@@ -1,4 +1,4 @@
-"""What a run needs around the model: launch, checkpoints, resuming, processes, and checks before it starts."""
+"""Everything a run needs around the model: launch, checkpoints, resuming, processes, and checks before it starts."""
 
 from mmdet_lors.compatibility import check_versions
 

@@ -12,10 +12,10 @@ from torch import nn
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """bfloat16 on what mmengine's ``AmpOptimWrapper`` refuses, such as a CPU or mps: autocast, without loss scaling."""
+    """bfloat16 on devices that mmengine's ``AmpOptimWrapper`` refuses, such as a CPU or mps, without loss scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """The forward pass in bfloat16 where that is safe."""
+        """Run the forward pass in bfloat16 where that is safe."""
         with super().optim_context(model), torch.autocast(get_device(), dtype=torch.bfloat16):
             yield

@@ -1,4 +1,4 @@
-"""Building a model without its weights: to check a config, or to count."""
+"""Builds a model without its weights, to check a config or to count parameters and operations."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ _building = RLock()
 
 
 def one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Lets threads take turns in all functions that have this: they read configs or build what these name.
+    """Decorator: threads take turns in all functions that have it, which read configs or build from them.
 
-    mmengine keeps the default scope, ``sys.path`` and the modules of a config that it reads per process.
+    mmengine keeps the default scope, ``sys.path`` and the modules of the config being read per process.
     """
 
     @wraps(function)
@@ -35,7 +35,7 @@ def one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 class _SkipInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they come out of the allocator: their values are never read."""
+    """Leaves new parameters uninitialised, since their values are never read."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -46,10 +46,10 @@ class _SkipInitialisation(TorchFunctionMode):
 
 @one_at_a_time
 def build_without_weights(model_cfg: dict) -> nn.Module:
-    """The model of this config on the meta device: names and shapes alone.
+    """Build the model of this config on the meta device, with names and shapes but no values.
 
     Raises:
-        UserError: what the config names is not registered, or a field that its class does not have.
+        UserError: a name in the config is not registered, or its class does not have one of the fields.
     """
     try:
         with _SkipInitialisation():
@@ -62,14 +62,14 @@ def build_without_weights(model_cfg: dict) -> nn.Module:
 
 
 def _unknown(reason: str, model_cfg: dict) -> str | None:
-    """The place of an unknown field or type in a model's config, and the nearest known name."""
+    """The place of an unknown field or type in a model's config, with the nearest known name."""
     if match := re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", reason):
         for where, node in _nodes(model_cfg, "model"):
             kind = _kind(node["type"])
             names = {base.__name__ for base in getattr(kind, "__mro__", [kind]) if base}
             if match[2] in node and match[1] in names:
                 known = meant(match[2], fields_of(kind).names)
-                return f"{where}.{match[2]}: {type_name(node['type'])} has no field of this name{known}"
+                return f"{where}.{match[2]}: {type_name(node['type'])} has no such field{known}"
     if match := re.match(r"(\S+) is not in the (\S+)::(.+?) registry", reason):
         for where, node in _nodes(model_cfg, "model"):
             if node["type"] == match[1]:

@@ -1,4 +1,4 @@
-"""Which tensor of a training step goes non-finite first: the step is run again, and every module watched."""
+"""Finds the first non-finite tensor of a training step, by running the step again and watching every module."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -10,27 +10,27 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 KEPT = 3
-"""How many names of a kind are given."""
+"""How many names of one kind are listed."""
 
 
 def first_non_finite(
     model: BaseModel, batch: Any, context: AbstractContextManager, loss_scale: float = 1.0
 ) -> list[str]:
-    """Run forward and backward once more and name what is not finite, the likely cause first.
+    """Run the forward and backward pass again and name what is not finite, the likely cause first.
 
-    Nothing is updated, and no other process takes part: in distributed training losses are normalised by this
-    process's batch alone. Random numbers must be in the state that they had before the step, for it to be the same.
+    Nothing is updated, and no other process takes part: in distributed training, losses are normalised by this
+    process's batch only. To repeat the step exactly, random numbers must be in the state that they had before it.
 
     Args:
         model: without a wrapper for distributed training.
-        batch: what the DataLoader gave.
+        batch: what the DataLoader returned.
         context: the optimizer wrapper's ``optim_context``, for mixed precision.
         loss_scale: what the loss is multiplied with before the backward pass, for float16.
 
     Returns:
-        In this order, as far as it is not finite: weights; images and boxes; the outputs of modules, as they were
-        called; losses; gradients of modules' outputs, from the loss backwards; gradients of weights; buffers, which a
-        forward pass may have spoilt. Empty when all is finite.
+        What is not finite, in this order: weights; images and boxes; the outputs of modules, in the order of their
+        calls; losses; gradients of modules' outputs, from the loss backwards; gradients of weights; buffers, which a
+        forward pass may have corrupted. Empty if everything is finite.
     """
     found = _named("weight", [name for name, weight in model.named_parameters() if not _finite(weight)])
     outputs, backwards, losses = [], [], []
@@ -50,7 +50,7 @@ def first_non_finite(
     gradients = []
     failure = None
     try:
-        # Without the other processes: they may have stopped, or be somewhere else.
+        # Without the other processes: they may have stopped, or be elsewhere in the code.
         with (
             patch.object(torch.distributed, "is_initialized", return_value=False),
             torch.compiler.set_stance("force_eager"),
@@ -64,11 +64,11 @@ def first_non_finite(
             if not (outputs or losses):
                 loss, _ = model.parse_losses(terms)
                 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-                # Not backward(): it would wake up DistributedDataParallel's hooks and write gradients.
+                # Not backward(): it would trigger DistributedDataParallel's hooks and write gradients.
                 grads = torch.autograd.grad(loss * loss_scale, list(trained.values()), allow_unused=True)
                 gradients = [n for n, g in zip(trained, grads, strict=True) if g is not None and not _finite(g)]
-    except Exception as error:  # whatever went wrong, it must not hide why the run stops
-        failure = f"running it again ended with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except Exception as error:  # no failure here may hide why the run stops
+        failure = f"running the step again failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
         for handle in handles:
             handle.remove()
@@ -93,7 +93,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _inputs(data: dict) -> list[str]:
-    """Images and boxes of a batch that are not finite, by their place in it."""
+    """The images and boxes of a batch that are not finite, by their place in it."""
     images = data.get("inputs") if isinstance(data, dict) else None
     samples = data.get("data_samples") if isinstance(data, dict) else None
     bad = [f"{i}" for i, image in enumerate(images if images is not None else ()) if not _finite(image)]

@@ -1,4 +1,4 @@
-"""mmengine's new-style configs, which import classes, as the classic ones with names that they stand for."""
+"""Converts mmengine's new-style configs, which import classes, into classic ones, which name them."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,13 +12,13 @@ from mmengine.registry import Registry
 
 
 def classic(cfg: Config) -> Config:
-    """The config with names where classes were, so that it is read, merged, written and loaded again like any other.
+    """Replace a config's classes by names, so that it is read, merged, written and loaded like any other.
 
-    A class under ``type`` or ``constructor`` becomes the name that mmdet has it registered by, or else its dotted path;
-    both build that very class. A ``default_scope`` of None becomes 'mmdet', where names that are left are looked for.
+    A class under ``type`` or ``constructor`` becomes the name under which mmdet has registered it, or else its dotted
+    path; both build that same class. A ``default_scope`` of None becomes 'mmdet', where other names are looked up.
 
     Raises:
-        ImportError: a class that the config imports is not there.
+        ImportError: a class that the config imports does not exist.
     """
     settings = cfg._to_lazy_dict()
     scope = settings.get("default_scope", "mmdet") or "mmdet"
@@ -29,7 +29,7 @@ def classic(cfg: Config) -> Config:
 
 
 def type_name(kind: str | Callable) -> str:
-    """The bare name of a config's ``type``: of 'mmdet.Resize', of a dotted path, or of the class itself."""
+    """The bare name of a config's ``type``, which may be like 'mmdet.Resize', a dotted path, or the class itself."""
     return kind.rsplit(".", 1)[-1] if isinstance(kind, str) else getattr(kind, "__name__", repr(kind))
 
 
@@ -44,20 +44,20 @@ def _named(key: str, value: Any, scope: str) -> Any:
         return _name(kind, scope) if callable(kind) else kind
     if isinstance(value, LazyAttr) and not callable(constant := value.build()):
         return constant
-    # Classes elsewhere are passed on as mmengine does: a module that takes one calls it.
+    # Classes in other fields stay, as in mmengine: the module that is given one calls it.
     return value
 
 
 def _name(kind: Callable, scope: str) -> str | Callable:
-    """What both the registries and a config file find this very class or function by."""
+    """A name by which both the registries and a config file find this same class or function."""
     name = getattr(kind, "__qualname__", "<lambda>")
     if "<" in name:
         return kind
-    if kind.__module__ == "mmcv.ops.nms":  # mmcv knows these functions by their bare names alone
+    if kind.__module__ == "mmcv.ops.nms":  # mmcv finds these functions only by their bare names
         return name
     path = f"{kind.__module__}.{name}"
     if kind.__module__.split(".")[0] not in ("mmdet", "mmcv", "mmengine", "torch", scope):
-        return path  # which imports the module, wherever the config is read
+        return path  # it imports the module wherever the config is read
     with suppress(ImportError):
         import_module(f"{scope}.registry")
     registries = [registry for registry in vars(mmengine.registry).values() if isinstance(registry, Registry)]

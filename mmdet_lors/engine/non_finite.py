@@ -1,4 +1,4 @@
-"""A run that computes NaN or infinity stops, says on which images and where first, and leaves the weights alone."""
+"""Stops a run that computes NaN or infinity, reports the images and the first such tensor, and keeps the weights."""
 
 import logging
 import math
@@ -22,25 +22,25 @@ from .first_non_finite import first_non_finite
 from .random_state import random_state, set_random_state
 
 SHOWN = 8
-"""How many images of a batch the error names; the log has all."""
+"""How many images of a batch the error names; the log names all."""
 
 
 @HOOKS.register_module()
 class StopOnNonFiniteHook(Hook):
-    """Watches loss and gradient norm of every training step.
+    """Watches the loss and gradient norm of every training step.
 
-    A step whose gradient is not finite updates nothing. In all processes together, the run stops after ``patience``
-    steps in a row with a non-finite loss or gradient. Where a loss scaler is used (``AmpOptimWrapper``), a finite loss
-    with an overflown gradient is how it finds its scale: such steps have their own limit.
+    A step whose gradient is not finite updates nothing. All processes stop together after ``patience`` steps in a row
+    with a non-finite loss or gradient. A loss scaler (``AmpOptimWrapper``) finds its scale by steps with a finite loss
+    and a gradient that overflows: such steps have their own limit.
 
-    ``grad_norm`` is logged for optimizer wrappers without ``clip_grad``, too.
+    ``grad_norm`` is logged even if the optimizer wrapper has no ``clip_grad``.
 
     Args:
         patience: steps in a row, 1 or more.
-        max_skipped_steps: steps in a row that the loss scaler skips; it starts at 2**16 and halves every time.
+        max_skipped_steps: steps in a row that the loss scaler may skip; its scale starts at 2**16 and halves each time.
 
     Raises:
-        UserError: a setting below 1; when the run stops: loss or norm, images, and what was not finite first.
+        UserError: a setting below 1; when the run stops: loss or norm, images, and the first non-finite tensor.
     """
 
     priority = "ABOVE_NORMAL"  # before what logs, saves and averages
@@ -58,7 +58,7 @@ class StopOnNonFiniteHook(Hook):
         """Watch the optimizer and the training step.
 
         Raises:
-            UserError: several optimizers.
+            UserError: there are several optimizers.
         """
         if not hasattr(runner.optim_wrapper, "optimizer"):
             raise UserError("StopOnNonFiniteHook watches one optimizer; optim_wrapper has several")
@@ -68,26 +68,26 @@ class StopOnNonFiniteHook(Hook):
         runner.model.train_step = self._watched(runner, runner.model.train_step)
 
     def after_train(self, runner: Runner) -> None:
-        """Let go of them."""
+        """Stop watching."""
         self.handle.remove()
         del runner.model.train_step
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep what is needed to run this step again."""
+        """Store what is needed to run this step again."""
         self.norm, self.batch, self.batch_idx = None, data_batch, batch_idx
         self.random_state = random_state()
-        # One forward pass on NaN spoils running statistics for good.
+        # A single forward pass on NaN corrupts running statistics for good.
         self.buffers = [buffer.clone() for buffer in runner.model.buffers()] if self.patience > 1 else []
 
     def _before_step(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
-        """Just before the weights change: without gradients, an optimizer leaves them and its own state alone."""
+        """Record the norm, and drop non-finite gradients: an optimizer then changes neither weights nor its state."""
         wrapper = runner.optim_wrapper
         if wrapper.clip_grad_kwargs and wrapper.grad_name == "grad_norm":
             self.norm = float(wrapper.message_hub.get_scalar("train/grad_norm").current())
         else:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             scale = getattr(optimizer, "grad_scale", None)
-            if scale is not None:  # a fused optimizer below a loss scaler, which divides only later
+            if scale is not None:  # a fused optimizer with a loss scaler divides by the scale only later
                 grads = [grad / scale.to(grad.device) for grad in grads]
             self.norm = float(get_total_norm(grads))
             wrapper.message_hub.update_scalar("train/grad_norm", self.norm)
@@ -95,7 +95,7 @@ class StopOnNonFiniteHook(Hook):
             optimizer.zero_grad(set_to_none=True)
 
     def _watched(self, runner: Runner, train_step: Callable) -> Callable:
-        """A step that fails, as Hungarian matching does on NaN, is told by its images, and by NaN if that is why."""
+        """Report a step that fails, as Hungarian matching does on NaN, by its images, and by NaN if that is why."""
 
         def step(*args, **kwargs):
             try:
@@ -109,17 +109,17 @@ class StopOnNonFiniteHook(Hook):
                 except RuntimeError:  # a GPU that has failed cannot run anything again
                     found = []
                 if not found:
-                    print_log(f"the step ended with images {', '.join(images)}", "current", logging.ERROR)
+                    print_log(f"the training step failed on images {', '.join(images)}", "current", logging.ERROR)
                     raise
                 reason = f"{type(error).__name__} ({' '.join(str(error).split())[:80]})"
-                raise UserError(self._line(runner, f"the step ended with {reason}", images, found)) from error
+                raise UserError(self._line(runner, f"the training step failed with {reason}", images, found)) from error
 
         return step
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Count; stop.
+        """Count non-finite steps, and stop the run at the limit.
 
         Raises:
             UserError: the limit is reached.
@@ -129,7 +129,7 @@ class StopOnNonFiniteHook(Hook):
         here = not math.isfinite(loss), updating and (self.norm is None or not math.isfinite(self.norm))
         lost, skipped = _anywhere(*here)
         if not (lost or skipped):
-            # A step that only accumulates gradients says nothing about the scale.
+            # A step that only accumulates gradients does not test the loss scale.
             self.failed, self.skipped = 0, 0 if updating else self.skipped
             return
         scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
@@ -151,7 +151,7 @@ class StopOnNonFiniteHook(Hook):
             return
         images, found = self._images(runner), self._find(runner)
         reports = all_gather_object((lost and here[0], text, images, found))
-        # Of all processes, the one whose own numbers went bad, by its loss or by what running it again found.
+        # Report the process whose own numbers are bad, by its loss or by what running the step again found.
         rank, (_, text, images, found) = min(
             enumerate(reports), key=lambda item: (not item[1][0], not item[1][3], item[0])
         )
@@ -167,14 +167,14 @@ class StopOnNonFiniteHook(Hook):
         return first_non_finite(model, self.batch, context, scaler.get_scale() if scaler else 1.0)
 
     def _line(self, runner: Runner, text: str, images: Sequence[str], found: Sequence[str], log: bool = True) -> str:
-        """The error; its details go to the log."""
+        """The error message; its details are logged."""
         where = f"at epoch {runner.epoch + 1}, iteration {runner.iter + 1}"
-        first = found[0] if found else "nothing, when the step was run again"
+        first = found[0] if found else "nothing when the step was run again"
         if log:
             details = "".join(f"\n  {line}" for line in found)
             print_log(f"{text} {where}\nimages: {', '.join(images)}\nnot finite:{details}", "current", logging.ERROR)
         more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
-        return f"{text} {where}, on images {', '.join(images[:SHOWN])}{more}; not finite first: {first}"
+        return f"{text} {where}, on images {', '.join(images[:SHOWN])}{more}; first non-finite: {first}"
 
     def _images(self, runner: Runner) -> list[str]:
         """Ids and paths of the batch's images, or their places in the data set."""
@@ -184,7 +184,7 @@ class StopOnNonFiniteHook(Hook):
             paths = [sample.img_path for sample in samples]
             return [path if i is None else f"{i} ({path})" for i, path in zip(ids, paths, strict=True)]
         loader = runner.train_dataloader
-        batches = getattr(loader.batch_sampler, "batches", loader.batch_sampler)  # below ResumableBatches
+        batches = getattr(loader.batch_sampler, "batches", loader.batch_sampler)  # inside ResumableBatches
         if type(batches) is not BatchSampler or not isinstance(runner.train_loop, EpochBasedTrainLoop):
             return [f"of batch {self.batch_idx}"]
         # mmengine's sampler gives the same order again within an epoch.

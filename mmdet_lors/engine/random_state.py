@@ -1,4 +1,4 @@
-"""All random numbers that training draws in a process: their state, as plain tensors and numbers, and a scope."""
+"""The state of all random numbers that training draws in a process, as tensors and numbers, and a seeded scope."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 
 def _accelerator() -> tuple[str, ModuleType] | None:
-    """Name and module of the kind of device that torch has here beside the CPU, such as 'cuda' and torch.cuda."""
+    """Name and module of the device type that torch has here beside the CPU, such as 'cuda' and torch.cuda."""
     if not torch.accelerator.is_available():
         return None
     device = torch.accelerator.current_accelerator()
@@ -19,8 +19,7 @@ def _accelerator() -> tuple[str, ModuleType] | None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, numpy's and torch's global generators, and of the current GPU's; torch's safe loader reads
-    it."""
+    """The state of Python's, numpy's, torch's and the current GPU's generators, readable by torch's safe loader."""
     version, words, python_gauss = random.getstate()
     _, key, position, has_gauss, gauss = np.random.get_state()
     state = dict(
@@ -35,7 +34,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on from a :func:`random_state`; a GPU's is left alone where either side has none."""
+    """Restore a :func:`random_state`; a GPU's is left alone if the state or this machine has none."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     key = numpy["key"].cpu().numpy().astype(np.uint32)
@@ -48,7 +47,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """Random numbers on the CPU that depend on ``key`` alone; outside, the generators are as if nothing was drawn."""
+    """Draw random numbers on the CPU that depend on ``key`` only; afterwards the generators are as they were before."""
     generator = torch.default_generator  # torch.manual_seed would seed the GPUs as well.
     before = random.getstate(), np.random.get_state(), generator.get_state()
     words = np.random.SeedSequence(key).generate_state(8)

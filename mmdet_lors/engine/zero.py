@@ -1,4 +1,4 @@
-"""ZeRO stage 1: every process keeps the optimizer's state of its share of the weights."""
+"""ZeRO stage 1: every process keeps the optimizer state of its share of the weights."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from mmdet_lors.errors import UserError
 class ZeroOptimizer(ZeroRedundancyOptimizer):
     """mmengine's ``ZeroRedundancyOptimizer``, whose checkpoints can be saved: Rajbhandari et al., arXiv:1910.02054.
 
-    mmengine's collects the state of all processes while a checkpoint is written, which only the first process does: it
-    waits for the others for ever. Here :func:`collect_state` comes before, in all of them. The collected state is
-    that of the plain optimizer, and either loads the other's.
+    mmengine's collects the state of all processes while a checkpoint is written, which only the first process does, so
+    that it waits for the others for ever. Here all processes call :func:`collect_state` before. The collected state is
+    that of the plain optimizer, and each of the two loads the other's.
 
     Args:
         params: weights or groups of them.
@@ -24,7 +24,7 @@ class ZeroOptimizer(ZeroRedundancyOptimizer):
         settings: its arguments.
 
     Raises:
-        UserError: there is one process only, and nothing to share.
+        UserError: there is only one process, and nothing to share.
     """
 
     def __init__(self, params: Any, optimizer_type: str, **settings: Any) -> None:
@@ -36,7 +36,7 @@ class ZeroOptimizer(ZeroRedundancyOptimizer):
         super().__init__(params, optimizer_type, **settings)
 
     def state_dict(self) -> dict:
-        """What was last collected, on the first process; nothing on the others."""
+        """The state last collected, on the first process; empty on the others."""
         return TorchZeroRedundancyOptimizer.state_dict(self) if is_main_process() else {}
 
 

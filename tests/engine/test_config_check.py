@@ -56,18 +56,18 @@ ONE_FIELD = {
     "train_dataloader.batch_sampler.type": ("AspectRatio", "mean AspectRatioBatchSampler?"),
     "train_dataloader.collate_fn.type": ("pseudo_colate", "mean pseudo_collate?"),
     "train_dataloader.dataset.ann_fil": ("x", "train_dataloader.dataset.ann_fil: .*mean ann_file?"),
-    "val_dataloader.dataset.classes": (("a",), r"val_dataloader.dataset.classes: .*it is metainfo=dict\(classes="),
+    "val_dataloader.dataset.classes": (("a",), r"val_dataloader.dataset.classes: .*it is now metainfo=dict\(classes="),
     "test_dataloader.dataset.metainfo.CLASSES": (("a",), "test_dataloader.dataset.metainfo.CLASSES: .*mean classes?"),
     "train_dataloader.dataset.filter_cfg.filter_empty": (True, "mean filter_empty_gt?"),
     "train_dataloader.dataset.data_prefix.imgs": ("x", "mean img?"),
     f"{PIPELINE}.2.scal": ((3, 3), r"train_dataloader.dataset.pipeline\[2\].scal: Resize .*mean scale?"),
     f"{PIPELINE}.2.type": ("Rezise", r"train_dataloader.dataset.pipeline\[2\].type: .*mean Resize?"),
     "test_dataloader.dataset.pipeline.3.meta_keys": (("scale_factr",), "nothing sets 'scale_factr'; .*scale_factor?"),
-    "val_evaluator.metric": ("proposal", "save_best waits for 'coco/bbox_mAP', but val_evaluator gives coco/AR@100"),
-    "val_evaluator.metric_items": (["mAP_50"], "save_best waits for .* gives coco/bbox_mAP_50; set it"),
-    "val_evaluator.prefix": ("mine", "but val_evaluator gives mine/bbox_mAP,"),
+    "val_evaluator.metric": ("proposal", "save_best monitors 'coco/bbox_mAP', but val_evaluator reports coco/AR@100"),
+    "val_evaluator.metric_items": (["mAP_50"], "save_best monitors .* reports coco/bbox_mAP_50; set it"),
+    "val_evaluator.prefix": ("mine", "but val_evaluator reports mine/bbox_mAP,"),
     "test_evaluator.metric_items": (["mAP50"], "test_evaluator.metric_items has no 'mAP50'; did you mean mAP_50?"),
-    "default_hooks.checkpoint.save_best": (["coco/bbox_mAP", "mAP"], "waits for 'mAP'"),
+    "default_hooks.checkpoint.save_best": (["coco/bbox_mAP", "mAP"], "monitors 'mAP'"),
     "visualizer.vis_backends.0.type": ("WandbVis", r"visualizer.vis_backends\[0\].type: .*mean WandbVisBackend?"),
     "log_processor.windowsize": (1, "log_processor.windowsize: .*mean window_size?"),
     "log_level": ("INFOO", "log_level must be"),
@@ -121,11 +121,11 @@ PIPELINES = {
     "no annotations": ([*load()[:1], *PACK], "loads no annotations"),
     "in a choice": (
         [*load(**BOXES), dict(type="RandomChoice", transforms=[[dict(type="RandomFlip", p=1)], []])],
-        r"pipeline\[2\].transforms\[0\]\[0\].p: RandomFlip has no field",
+        r"pipeline\[2\].transforms\[0\]\[0\].p: RandomFlip has no such field",
     ),
     "in a choice's resize": (
         [*load(**BOXES), dict(type="RandomChoiceResize", scales=[(9, 9)], keep_ration=True)],
-        r"pipeline\[2\].keep_ration: Resize has no field of this name; did you mean keep_ratio",
+        r"pipeline\[2\].keep_ration: Resize has no such field; did you mean keep_ratio",
     ),
     "in a branch": (
         [*load(**BOXES), dict(type="MultiBranch", branch_field=["a"], a=[dict(type="PackDet")])],
@@ -172,7 +172,7 @@ def test_masks_that_the_model_learns_are_loaded():
     cfg = load_config(ROOT / MASKS)
     check_config(cfg, ALL)
     cfg.train_dataloader.dataset.pipeline[1] = dict(type="LoadAnnotations", with_bbox=True)
-    with pytest.raises(UserError, match=r"model.roi_head.mask_head needs gt_masks; that takes LoadAnnotations\("):
+    with pytest.raises(UserError, match=r"model.roi_head.mask_head needs gt_masks; add LoadAnnotations\("):
         check_config(cfg, ALL)
 
 
@@ -182,11 +182,11 @@ def test_lists_of_metrics_and_what_waits_for_them():
     cfg.custom_hooks = [dict(type="EarlyStoppingHook", monitor="other/top5", rule="greater")]
     check_config(cfg, ALL)
     cfg.custom_hooks[0].monitor = "accuracy/top5"
-    with pytest.raises(UserError, match=r"custom_hooks\[0\].monitor waits for .* gives accuracy/top1, other/top5"):
+    with pytest.raises(UserError, match=r"custom_hooks\[0\].monitor monitors .* reports accuracy/top1, other/top5"):
         check_config(cfg, ALL)
     cfg.custom_hooks = []
     cfg.param_scheduler = dict(type="ReduceOnPlateauLR", monitor="top1")
-    with pytest.raises(UserError, match="monitor waits for 'top1'"):
+    with pytest.raises(UserError, match="monitor monitors 'top1'"):
         check_config(cfg, ALL)
     cfg.val_evaluator = dict(metrics=[dict(type="Accuracy", top=(1,))])
     with pytest.raises(UserError, match=r"val_evaluator.metrics\[0\].top: Accuracy .*mean topk"):
@@ -243,13 +243,13 @@ class TakesAll(Base):
     ("kind", "fields", "line"),
     [
         (HandsOn, dict(a=1, b=2, c=3), None),
-        (HandsOn, dict(a=1, x=2), "x: HandsOn has no field of this name; it has a, b, c"),
+        (HandsOn, dict(a=1, x=2), "x: HandsOn has no such field; it has a, b, c"),
         (HandsOn, dict(b=1), "HandsOn needs a"),
         (GivesOne, dict(d=1, e=2, c=3), None),
-        (GivesOne, dict(d=1, a=2), "a: GivesOne has no field of this name; it has c, d, e"),
+        (GivesOne, dict(d=1, a=2), "a: GivesOne has no such field; it has c, d, e"),
         (TakesAll, dict(anything=1, goes=2), None),
         (lambda x, **rest: x, dict(x=1, y=2), None),
-        (lambda x: x, dict(x=1, y=2), "y: .* has no field"),
+        (lambda x: x, dict(x=1, y=2), "y: .* has no such field"),
     ],
 )
 def test_signatures_are_followed_as_far_as_they_are_handed_on(kind, fields, line):

@@ -143,7 +143,7 @@ def test_a_nan_loss_stops_with_images_and_the_first_module(tmp_path):
     trained.model.spoiler.forward_at = (2,)
     assert stopped(trained) == (
         "loss is nan at epoch 1, iteration 3, on images 104 (4.png), 105 (5.png); "
-        "not finite first: output of spoiler (Spoiler), last (Linear)"
+        "first non-finite: output of spoiler (Spoiler), last (Linear)"
     )
     assert trained.iter == 2
 
@@ -153,7 +153,7 @@ def test_a_nan_gradient_of_a_finite_loss_stops(tmp_path):
     trained.model.spoiler.backward_at = (1,)
     assert stopped(trained) == (
         "gradient norm is nan at epoch 1, iteration 2, on images 102 (2.png), 103 (3.png); "
-        "not finite first: gradient of the output of first"
+        "first non-finite: gradient of the output of first"
     )
 
 
@@ -162,14 +162,14 @@ def test_a_step_that_fails_for_another_reason_is_told_by_its_images(tmp_path, lo
     trained.model.last.register_forward_pre_hook(lambda module, x: {}["no"])
     with pytest.raises(KeyError, match="no"):
         trained.train()
-    assert log[-1] == "the step ended with images 100 (0.png), 101 (1.png)"
+    assert log[-1] == "the training step failed on images 100 (0.png), 101 (1.png)"
 
 
 def test_nan_weights_are_named(tmp_path):
     trained = runner(tmp_path)
     with torch.no_grad():
         trained.model.last.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="loss is nan .*; not finite first: weight last.bias$"):
+    with pytest.raises(UserError, match="loss is nan .*; first non-finite: weight last.bias$"):
         trained.train()
 
 
@@ -346,7 +346,7 @@ def test_adamixer(module, first, tiny_digits, tmp_path):
     trained.register_hook(Weights())
     trained.register_hook(SpoilModule(module, 1))
     message = stopped(trained)
-    assert f"not finite first: {first}" in message and "iteration 2, on images" in message and ".png), " in message
+    assert f"first non-finite: {first}" in message and "iteration 2, on images" in message and ".png), " in message
 
 
 @pytest.mark.parametrize("loop", ["EpochBasedTrainLoop", "ResumableEpochLoop"])
@@ -365,7 +365,7 @@ def test_classification_names_the_images_places(loop, tmp_path):
     )
     trained.register_hook(SpoilModule("network.blocks.0.mlp", 3))
     message = stopped(trained)
-    assert message.startswith("loss is nan at epoch 1, iteration 4, on images at place 6, at place 7; not finite first")
+    assert message.startswith("loss is nan at epoch 1, iteration 4, on images at place 6, at place 7; first non-finite")
     assert "output of network.blocks.0.mlp.fc1" not in message and "output of network.blocks.0.mlp" in message
 
 
@@ -409,5 +409,5 @@ def test_two_processes_stop_together(tmp_path):
         for kind, first in (("nan", "output of spoiler (Spoiler), last (Linear)"), ("inf", "loss loss_square")):
             assert (tmp_path / f"{kind}_{rank}.txt").read_text() == (
                 f"loss is {kind} in process 1 at epoch 1, iteration 2, on images 105 (5.png), 107 (7.png); "
-                f"not finite first: {first}"
+                f"first non-finite: {first}"
             )

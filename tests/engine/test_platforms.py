@@ -181,7 +181,7 @@ def test_a_file_system_that_flushes_no_folders_is_no_failure(number, tmp_path, m
 
 def test_the_launcher_of_several_processes_refuses_other_systems(monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(SystemExit, match="error: several processes need Linux; elsewhere use one: python tools/"):
+    with pytest.raises(SystemExit, match="error: several processes need Linux; elsewhere use a single one: "):
         runpy.run_path(str(ROOT / "tools" / "dist_launch.py"), run_name="__main__")
 
 
@@ -211,15 +211,15 @@ def give(monkeypatch, **counts: int) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mps", "device mps: this machine has no mps device that PyTorch can use: take cpu"),
-        ("xpu:1", "device xpu:1: this machine has no xpu device that PyTorch can use: take cpu"),
-        ("cuda", "device cuda: this machine has no GPU that PyTorch can use: take cpu"),
-        ("meta", "device meta: this machine has no meta device that PyTorch can use: take cpu"),
-        ("hpu", "device hpu: this machine has no hpu device that PyTorch can use: take cpu"),
-        ("cpu:1", "device cpu:1: this machine has 1 of this type: take cpu"),
-        ("cuda:", "device 'cuda:' is not known: on this machine take cpu"),
-        ("gpu", "device 'gpu' is not known: on this machine take cpu"),
-        ("", "device '' is not known: on this machine take cpu"),
+        ("mps", "device mps: this machine has no mps device that PyTorch can use: choose cpu"),
+        ("xpu:1", "device xpu:1: this machine has no xpu device that PyTorch can use: choose cpu"),
+        ("cuda", "device cuda: this machine has no GPU that PyTorch can use: choose cpu"),
+        ("meta", "device meta: this machine has no meta device that PyTorch can use: choose cpu"),
+        ("hpu", "device hpu: this machine has no hpu device that PyTorch can use: choose cpu"),
+        ("cpu:1", "device cpu:1: this machine has 1 of this type: choose cpu"),
+        ("cuda:", "device 'cuda:' is not known: on this machine choose cpu"),
+        ("gpu", "device 'gpu' is not known: on this machine choose cpu"),
+        ("", "device '' is not known: on this machine choose cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(name, message, monkeypatch):
@@ -241,7 +241,7 @@ def test_a_device_is_taken_where_torch_has_it(monkeypatch):
     give(monkeypatch, xpu=2)
     machine.use_device("xpu:1")
     assert get_device() == "xpu" and chosen == [1]
-    with pytest.raises(UserError, match="device xpu:2: this machine has 2 of this type: take xpu:0 to xpu:1"):
+    with pytest.raises(UserError, match="device xpu:2: this machine has 2 of this type: choose xpu:0 to xpu:1"):
         machine.use_device("xpu:2")
     machine.use_device(None)
     assert get_device() == machine.AUTOMATIC
@@ -251,7 +251,7 @@ def test_a_device_is_taken_where_torch_has_it(monkeypatch):
 def test_several_processes_take_a_gpu_each_or_the_cpu(name, monkeypatch):
     give(monkeypatch, cuda=2, mps=1, xpu=1)
     with pytest.raises(
-        UserError, match=f"--device {name} is for one process: several take cpu, or cuda and one GPU each"
+        UserError, match=f"--device {name} is for one process: several use cpu, or cuda with one GPU each"
     ):
         machine.use_device(name, "pytorch")
     machine.use_device("cuda", "pytorch")

@@ -1,4 +1,4 @@
-"""Every part of a config against what is built of it, before a run reads data or writes anything."""
+"""Checks every part of a config against what is built from it, before a run reads data or writes anything."""
 
 from .check import check_config
 from .top_level import check_options

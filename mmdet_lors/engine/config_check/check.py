@@ -1,4 +1,4 @@
-"""Each part of a config is bound to the signature of the class that mmengine will build of it."""
+"""Binds each part of a config to the signature of the class that mmengine will build from it."""
 
 import inspect
 import logging
@@ -51,7 +51,7 @@ PARAMWISE = {
     "dcn_offset_lr_mult",
     "bypass_duplicate",
 }
-"""What DefaultOptimWrapperConstructor reads of its paramwise_cfg; it leaves anything else unread."""
+"""Keys that DefaultOptimWrapperConstructor reads in its paramwise_cfg; it ignores all others."""
 
 DEFAULT_HOOKS = {"runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint", "visualization"}
 JUDGED = ("dataloader", "cfg", "evaluator")
@@ -59,16 +59,16 @@ SPLITS = dict(train=("dataloader", "cfg"), val=JUDGED, test=JUDGED)
 
 
 def check_config(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check everything but the model, which :func:`~mmdet_lors.engine.build.build_without_weights` builds.
+    """Check everything except the model, which :func:`~mmdet_lors.engine.build.build_without_weights` builds.
 
-    Nothing is read and nothing is written. What the signature of a class of the user's own does not say is let through.
+    No data is read and nothing is written. What the signature of a user's own class does not tell is accepted.
 
     Args:
         cfg: the whole config.
-        splits: which of 'train', 'val' and 'test' are looked at.
+        splits: which of 'train', 'val' and 'test' are checked.
 
     Raises:
-        UserError: the place of what is unknown, missing or useless, the nearest known name, and what would be right.
+        UserError: the place of what is unknown, missing or without effect, the nearest known name, and the remedy.
     """
     check_top_level(cfg)
     for split in splits:
@@ -93,7 +93,7 @@ def check_config(cfg: Config, splits: tuple[str, ...]) -> None:
 
 
 def _node(value: Any, where: str, registry: Registry, default: str | None = None, **taken: Any) -> Any:
-    """Bind a config to the class it names; what is no config, such as an object that is built already, is left.
+    """Bind a config to the class it names; anything else, such as an object that is already built, is accepted.
 
     Args:
         taken: ``supplied`` and ``named`` of :func:`bind`.
@@ -101,7 +101,7 @@ def _node(value: Any, where: str, registry: Registry, default: str | None = None
     if not isinstance(value, dict):
         return None
     if "type" not in value and default is None:
-        raise UserError(f"{where} has no type: which class of the {registry.name}s is it?")
+        raise UserError(f"{where} has no type, which names its class in the {registry.name} registry")
     with registry.switch_scope_and_registry(value.get("_scope_")):
         kind = find(value.get("type", default), registry, where)
     bind(kind, value, where, **taken)
@@ -109,13 +109,13 @@ def _node(value: Any, where: str, registry: Registry, default: str | None = None
 
 
 def _check_complete(cfg: Config, split: str) -> None:
-    """The runner takes a split's settings all together, or none of them."""
+    """Refuse part of a split's settings: the runner needs all of them, or none."""
     names = [f"{split}_{part}" for part in SPLITS[split]] + (["optim_wrapper"] if split == "train" else [])
     missing = [name for name in names if cfg.get(name) is None]
     if missing and len(missing) < len(names):
         there = next(name for name in names if name not in missing)
         raise UserError(
-            f"config has {there}, but no {', '.join(missing)}: a run needs all of {', '.join(names)}, or none"
+            f"config has {there}, but no {', '.join(missing)}: a run needs all of {', '.join(names)}, or none of them"
         )
     if missing and split == "train":
         raise UserError(f"config has none of {', '.join(names)}: there is nothing to train")
@@ -140,7 +140,7 @@ def _check_loop(loop: Any, split: str) -> None:
 
 
 def _check_dataloader(loader: Any, where: str) -> set[str] | None:
-    """Returns the keys of a sample, as :func:`check_pipeline` does."""
+    """Check a dataloader; returns the keys of a sample, as :func:`check_pipeline` does."""
     if not isinstance(loader, dict):
         return ANYTHING
     batches = loader.get("batch_sampler")
@@ -188,18 +188,18 @@ def _check_dataset(dataset: Any, where: str, mixed: set[str]) -> set[str] | None
 
 
 def _check_targets(cfg: Config, loaded: set[str]) -> None:
-    """What training compares predictions with has to be loaded."""
+    """Refuse a training pipeline that does not load what predictions are compared with."""
     if "img" in loaded and not any(key.startswith("gt_") for key in loaded):
         loader = LOADED_BY["gt_bboxes"]
-        raise UserError(f"train_dataloader: its pipeline loads no annotations; that takes {loader}")
+        raise UserError(f"train_dataloader: its pipeline loads no annotations; add {loader}")
     head = cfg.get("model", {}).get("roi_head")
     if isinstance(head, dict) and head.get("mask_head") and loaded and "gt_masks" not in loaded:
         loader = LOADED_BY["gt_masks"]
-        raise UserError(f"train_dataloader: model.roi_head.mask_head needs gt_masks; that takes {loader}")
+        raise UserError(f"train_dataloader: model.roi_head.mask_head needs gt_masks; add {loader}")
 
 
 def _check_settings(dataset: dict, where: str) -> None:
-    """Fields that are dictionaries themselves, of which the data sets read some keys and leave the rest."""
+    """Check fields that are dictionaries themselves: data sets read some of their keys and ignore the rest."""
     known = dict(
         metainfo={"classes", "palette"},
         filter_cfg={"filter_empty_gt", "min_size", "bbox_min_size"},
@@ -236,7 +236,7 @@ def _check_hooks(cfg: Config) -> dict[str, dict]:
                     f"{where}.priority must be a number from 0 to 100 or one of {levels}, got {hook['priority']!r}"
                 ) from error
         if inspect.isclass(kind) and issubclass(kind, (CheckpointHook, EarlyStoppingHook)) and is_known(kind):
-            # CheckpointHook hands others on to a method that takes none.
+            # CheckpointHook passes others on to a method that accepts none.
             bind(kind, hook, where, named=("priority",), closed=True)
             with _said_of(where):
                 HOOKS.build({key: value for key, value in deepcopy(hook).items() if key != "priority"})
@@ -250,7 +250,7 @@ def _check_optimizer(wrapper: Any) -> None:
     constructor = wrapper.get("constructor", "DefaultOptimWrapperConstructor")
     kind = find(constructor, OPTIM_WRAPPER_CONSTRUCTORS, where, "constructor")
     if kind is not DefaultOptimWrapperConstructor and not isinstance(wrapper.get("optimizer"), dict):
-        return  # one of several optimizers, of which the constructor alone knows
+        return  # one of several optimizers, which only the constructor knows
     named = ("constructor", "paramwise_cfg")
     _node(wrapper, where, OPTIM_WRAPPERS, "OptimWrapper", supplied=("optimizer",), named=named)
     if "optimizer" not in wrapper:
@@ -294,7 +294,7 @@ def _check_scheduler_list(schedulers: Any, where: str) -> None:
         if kind is None or not is_known(kind):
             continue
         settings = {key: value for key, value in deepcopy(scheduler).items() if key not in named}
-        # A run gives its own length where the config has no end.
+        # If the config has no end, a run gives its own length.
         settings["optimizer"] = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
         settings["end"] = settings.get("end", 10**9)
         with _said_of(place):
@@ -302,7 +302,7 @@ def _check_scheduler_list(schedulers: Any, where: str) -> None:
 
 
 def _check_runtime(cfg: Config) -> None:
-    """Visualizer, log processor, seeds, environment, and what wraps the model in distributed training."""
+    """Check visualizer, log processor, seeds, environment, and the model's wrapper in distributed training."""
     taken = dict(supplied=("name", "save_dir"), named=("name",))
     visualizer = cfg.get("visualizer")
     kind = _node(visualizer, "visualizer", VISUALIZERS, "Visualizer", **taken)
@@ -344,7 +344,7 @@ def _check_tta(cfg: Config) -> None:
 
 @contextmanager
 def _said_of(where: str) -> Iterator[None]:
-    """What a constructor refuses, with its place in the config."""
+    """Adds a place in the config to whatever a constructor refuses."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Evaluators of a config, and whether they give the metrics that hooks and schedulers wait for."""
+"""Checks a config's evaluators, and that they report the metrics that hooks and schedulers monitor."""
 
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -20,7 +20,7 @@ def check_evaluator(evaluator: dict | list, where: str) -> list[str] | None:
     """Check an evaluator's metrics.
 
     Returns:
-        The names of what they give, in that order; None where a metric is not one of those that are known.
+        The names of their results, in order; None if one of the metrics is not known here.
 
     Raises:
         UserError: an unknown metric or field, or a missing one.
@@ -49,7 +49,7 @@ def check_evaluator(evaluator: dict | list, where: str) -> list[str] | None:
 
 
 def _names(kind: Callable, metric: dict, where: str) -> list[str] | None:
-    """What a metric calls its results, with its prefix."""
+    """The names of a metric's results, with its prefix."""
     prefix = metric.get("prefix") or getattr(kind, "default_prefix", None)
     ours = {base.__name__ for base in getattr(kind, "__mro__", ()) if base.__module__.startswith("mmdet_lors.")}
     name = kind.__name__
@@ -88,7 +88,7 @@ def _coco_names(metric: dict, where: str) -> list[str]:
 
 
 def check_monitors(cfg: dict, given: list[str] | None, hooks: dict[str, dict]) -> None:
-    """Check that what hooks and schedulers wait for is among the validation's results.
+    """Check that what hooks and schedulers monitor is among the validation's results.
 
     Args:
         cfg: the whole config.
@@ -96,16 +96,16 @@ def check_monitors(cfg: dict, given: list[str] | None, hooks: dict[str, dict]) -
         hooks: every hook's config, by its place.
 
     Raises:
-        UserError: a metric that the validation will not give.
+        UserError: a monitored metric that the validation does not report.
     """
     for where, name in _monitored(cfg, hooks):
         if given is not None and name != "auto" and not any(fnmatchcase(name, n) for n in given):
             listed = ", ".join(given) or "nothing"
-            raise UserError(f"{where} waits for {name!r}, but val_evaluator gives {listed}; set it to one of these")
+            raise UserError(f"{where} monitors {name!r}, but val_evaluator reports {listed}; set it to one of these")
 
 
 def _monitored(cfg: dict, hooks: dict[str, dict]) -> Iterator[tuple[str, str]]:
-    """(place, name) of every metric that something waits for."""
+    """(place, name) of every metric that a hook or scheduler monitors."""
     for where, hook in hooks.items():
         kind = find(hook["type"], HOOKS, where)
         if not isinstance(kind, type):

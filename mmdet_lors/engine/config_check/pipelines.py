@@ -1,4 +1,4 @@
-"""Pipelines of a config: every transform's fields, and whether something before it loads what it needs."""
+"""Checks a config's pipelines: every transform's fields, and that earlier transforms load what it needs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from mmdet_lors.errors import UserError
 from .signatures import bind, fields_of, find, nearest
 
 KNOWN_PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg", "mmdet_lors", "torch")
-"""Whose classes' needs are known; what a user's own class loads or needs, nobody but its user knows."""
+"""Packages whose transforms' needs are known; what a user's own class loads or needs is not."""
 
 HOLDERS = {
     "Compose",
@@ -23,7 +23,7 @@ HOLDERS = {
     "ProposalBroadcaster",
     "MultiScaleFlipAug",
 }
-"""Transforms that hold others; those of any other class, such as Albu's, need not be mmdet's."""
+"""Transforms that contain others; what other classes contain, such as Albu, may not be mmdet transforms."""
 
 BOXES = {"gt_bboxes"}
 LABELLED = {"gt_bboxes", "gt_bboxes_labels", "gt_ignore_flags"}
@@ -41,7 +41,7 @@ NEEDS = dict(
     FilterAnnotations=BOXES,
     SegRescale={"gt_seg_map"},
 )
-"""What mmdet's transforms fail without; what others do not find, they leave alone."""
+"""Keys without which these mmdet transforms fail; all others skip keys that they do not find."""
 
 LOADED_BY = dict(
     img="LoadImageFromFile",
@@ -71,11 +71,11 @@ META_KEYS = {
 
 LOADERS = {"LoadAnnotations", "LoadEmptyAnnotations", "LoadPanopticAnnotations", "LoadTrackAnnotations"}
 ANYTHING = None
-"""Loaded keys of which nothing can be said: a transform that is not known came before."""
+"""The loaded keys cannot be known, because an unknown transform came before."""
 
 
 def is_known(kind: Callable) -> bool:
-    """Whether a class is one of the packages' that this one builds on."""
+    """Whether a class is from one of :data:`KNOWN_PACKAGES`."""
     return kind.__module__.split(".")[0] in KNOWN_PACKAGES
 
 
@@ -85,19 +85,20 @@ def check_pipeline(steps: Any, where: str, loaded: set[str] | None) -> set[str] 
     Args:
         steps: their configs.
         where: the pipeline's place in the config.
-        loaded: keys of a sample that are there already; None where that is not known.
+        loaded: keys that a sample already has; None if they are not known.
 
     Returns:
-        The keys that are there afterwards.
+        The keys that a sample has afterwards.
 
     Raises:
-        UserError: an unknown transform or field, a missing one, or one that needs what nothing before it loads.
+        UserError: an unknown transform or field, a missing one, or a transform that needs a key that nothing before it
+            loads.
     """
     for i, step in enumerate(steps):
         if isinstance(step, dict):
             loaded = _check_step(step, f"{where}[{i}]", loaded)
         elif not callable(step):
-            raise UserError(f"{where}[{i}] must be a transform, as dict(type=...), got {step!r}")
+            raise UserError(f"{where}[{i}] must be a transform, such as dict(type=...), got {step!r}")
         else:
             loaded = ANYTHING
     return loaded
@@ -122,16 +123,16 @@ def _check_step(step: dict, where: str, loaded: set[str] | None) -> set[str] | N
 
 
 def _check_inner_resize(kind: Callable, step: dict, where: str) -> None:
-    """These hand on what they do not know to the transform that resizes."""
+    """Check a transform that passes unknown fields on to the transform that resizes."""
     inner = find(step.get("resize_type", "Resize"), TRANSFORMS, where, "resize_type")
     own = fields_of(kind).names
     bind(inner, {key: value for key, value in step.items() if key not in own}, where, ("scale",), own)
 
 
 def _check_held(step: dict, where: str, loaded: set[str] | None) -> set[str] | None:
-    """The pipelines within a transform; what any of them loads counts as loaded."""
+    """Check the pipelines within a transform; what any of them loads counts as loaded."""
     if type_name(step["type"]) in ("KeyMapper", "TransformBroadcaster", "ProposalBroadcaster"):
-        loaded = ANYTHING  # keys have other names in there
+        loaded = ANYTHING  # keys have other names inside it
     after = loaded
     for place, steps in _pipelines(step, where):
         found = check_pipeline(steps, place, loaded)
@@ -140,7 +141,7 @@ def _check_held(step: dict, where: str, loaded: set[str] | None) -> set[str] | N
 
 
 def _pipelines(step: dict, where: str) -> Iterator[tuple[str, list]]:
-    """(place, pipeline) of every list of transforms in a transform's fields; one of TestTimeAug's is a choice each."""
+    """(place, pipeline) of every list of transforms in a transform's fields; TestTimeAug's are alternatives."""
     for key, value in step.items():
         if isinstance(value, dict) and "type" in value and key in ("transforms", "policies", "aug_space"):
             yield f"{where}.{key}", [value]
@@ -159,7 +160,7 @@ def _are_transforms(steps: Any) -> bool:
 
 
 def _combined(choices: list, where: str) -> Iterator[tuple[str, list]]:
-    """TestTimeAug goes through one transform of each of its lists; all are looked at, the first ones in their order."""
+    """The pipelines of TestTimeAug, which takes one transform from each of its lists; each occurs at least once."""
     for j in range(max(len(choice) for choice in choices)):
         yield where, [choice[min(j, len(choice) - 1)] for choice in choices if len(choice)]
 
@@ -178,7 +179,7 @@ def _check_needs(kind: Callable, step: dict, where: str, loaded: set[str] | None
     if name in HOLDERS or name.startswith(("RandomSampling", "Load", "Pack")):
         needs.discard("img")
     for key in sorted(needs - loaded):
-        raise UserError(f"{where}: {name} needs {key}, which nothing before it loads; that takes {LOADED_BY[key]}")
+        raise UserError(f"{where}: {name} needs {key}, which nothing before it loads; add {LOADED_BY[key]}")
 
 
 def _check_meta_keys(kind: Callable, step: dict, where: str) -> None:
@@ -190,7 +191,7 @@ def _check_meta_keys(kind: Callable, step: dict, where: str) -> None:
 
 
 def _after(kind: Callable, step: dict, loaded: set[str] | None) -> set[str] | None:
-    """The keys that are there after a known transform."""
+    """The keys that a sample has after a known transform."""
     name = kind.__name__
     if loaded is ANYTHING or name in ("LoadTextAnnotations", "LoadReferImage", "InstaBoost", "InferencerLoader"):
         return ANYTHING

@@ -1,4 +1,4 @@
-"""Which fields a class or function takes, read from its signature without calling it."""
+"""The fields that a class or function accepts, read from its signature without calling it."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ RENAMED = dict(
     workers_per_gpu="num_workers",
     flip_ratio="prob",
 )
-"""Fields of earlier versions -> what they are called now."""
+"""Field of an earlier version -> its current name."""
 
 NOT_FIELDS = {"type", "_scope_", "_delete_"}
 
@@ -35,7 +35,7 @@ class Fields:
     names: frozenset[str]
     required: frozenset[str] = frozenset()
     anything: bool = False
-    """Others may be taken as well; which, its signature does not say."""
+    """Other fields may be accepted as well; the signature does not say which."""
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
@@ -47,10 +47,10 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.7) -> str | None:
 
 
 def meant(name: str, known: Iterable[str], what: str = "it has") -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them where they are few."""
+    """The end of a message about an unknown name: the nearest known one, or all of them if there are few."""
     known = sorted(known)
     if name in RENAMED:
-        return f"; it is {RENAMED[name]} now"
+        return f"; it is now {RENAMED[name]}"
     if near := nearest(name, known, cutoff=0.6):
         return f"; did you mean {near}?"
     return f"; {what} {', '.join(known)}" if known and len(known) <= 30 else ""
@@ -58,7 +58,7 @@ def meant(name: str, known: Iterable[str], what: str = "it has") -> str:
 
 @cache
 def fields_of(kind: Callable) -> Fields:
-    """The fields that a class or function takes by name."""
+    """The fields that a class or function accepts by name."""
     if not inspect.isclass(kind):
         return _of_signature(kind)
     if kind.__init__ is object.__init__:
@@ -81,10 +81,10 @@ def _of_signature(kind: Callable, bound: int = 0) -> Fields:
 
 
 def _of_init(mro: list[type], given: int = 0) -> Fields:
-    """The fields of the first ``__init__`` in these classes, and of those that it hands ``**kwargs`` on to.
+    """The fields of the first ``__init__`` in these classes, and of those that it passes ``**kwargs`` on to.
 
     Args:
-        mro: the classes, in the order in which Python looks.
+        mro: the classes, in Python's method resolution order.
         given: how many positional arguments it gets.
     """
     while "__init__" not in vars(mro[0]):
@@ -110,14 +110,14 @@ class _Call(NamedTuple):
 
     positional: int
     args: bool
-    """Whether ``*args`` goes along."""
+    """Whether ``*args`` is passed on as well."""
     named: set[str]
     taken_out: set[str]
-    """What it has taken out of ``kwargs`` by name."""
+    """Keys that it removes from ``kwargs``."""
 
 
 def _handed_on(init: Callable) -> _Call | None:
-    """None where it uses ``kwargs`` in any other way: then only running it would tell which fields it takes."""
+    """How ``__init__`` passes ``kwargs`` on; None if it does more with them: its fields cannot be read from that."""
     init = inspect.unwrap(init)
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(init))).body[0]
@@ -144,7 +144,7 @@ def _handed_on(init: Callable) -> _Call | None:
 
 
 def _looked_up(function: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]]:
-    """(method, key) of every ``kwargs.get("key")``, and the like, in a function."""
+    """(method, key) of every ``kwargs.get("key")`` and similar call in a function."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             owner, key = node.func.value, node.args[0]
@@ -154,10 +154,10 @@ def _looked_up(function: ast.FunctionDef, name: str) -> Iterator[tuple[str, str]
 
 
 def find(kind: Any, registry: Registry, where: str, field: str = "type") -> Callable:
-    """What ``type``, or another field, names, looked for where mmengine will: in the current scope and those above.
+    """The class that ``type``, or another field, names, looked up as mmengine does: in the current scope and above.
 
     Raises:
-        UserError: nothing is registered by that name.
+        UserError: nothing is registered under that name.
     """
     if callable(kind):
         return kind
@@ -185,24 +185,24 @@ def bind(
     named: Iterable[str] = (),
     closed: bool = False,
 ) -> None:
-    """Check that a class or function takes a config's fields.
+    """Check that a class or function accepts a config's fields.
 
     Args:
-        kind: what is built of the config.
+        kind: what is built from the config.
         node: its config.
         where: its place, for messages.
         supplied: fields that mmengine gives, whether the config has them or not.
-        named: fields beside ``type`` that mmengine takes out of the config first.
-        closed: there are no others than its signature names, whatever ``**kwargs`` it has.
+        named: fields beside ``type`` that mmengine removes from the config first.
+        closed: accept only fields that the signature names, even if it has ``**kwargs``.
 
     Raises:
-        UserError: a field that there is not, or one that is missing.
+        UserError: a field that does not exist, or one that is missing.
     """
     fields = fields_of(kind)
     name = type_name(kind.func if isinstance(kind, partial) else kind)
     for field in node:
         if field not in fields.names | NOT_FIELDS | set(named) and (closed or not fields.anything):
             close = meant(str(field), (fields.names - set(supplied)) | set(named))
-            raise UserError(f"{where}.{field}: {name} has no field of this name{close}")
+            raise UserError(f"{where}.{field}: {name} has no such field{close}")
     if missing := sorted(fields.required - set(node) - set(supplied)):
         raise UserError(f"{where}: {name} needs {', '.join(missing)}")

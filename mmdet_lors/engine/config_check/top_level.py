@@ -1,4 +1,4 @@
-"""Top-level keys of a config: which are read, and by whom."""
+"""Checks a config's top-level keys: those that are read, and by what."""
 
 import re
 from collections.abc import Iterator
@@ -55,15 +55,15 @@ KEYS = RUNNER | TOOLS
 
 
 def check_options(options: dict[str, Any], cfg: Config, path: str) -> None:
-    """Check settings of the command line, before they are merged into a config.
+    """Check command-line settings before they are merged into a config.
 
     Args:
-        options: value by dotted name.
-        cfg: the config as its file says.
-        path: of that file.
+        options: dotted name -> value.
+        cfg: the config as read from its file.
+        path: that file.
 
     Raises:
-        UserError: a top-level key that nothing reads, or a variable that the config's own fields have used already.
+        UserError: a top-level key that nothing reads, or a variable that the config's own fields have already used.
     """
     for option in options:
         key = option.split(".")[0]
@@ -73,7 +73,7 @@ def check_options(options: dict[str, Any], cfg: Config, path: str) -> None:
             raise UserError(f"--cfg-options {option}: nothing reads {key!r}{_meant(key, cfg, set(cfg))}")
         if is_referred_to(key, cfg) and (held := sorted(_holding(key, cfg))):
             raise UserError(
-                f"--cfg-options {option} has no effect: {path} has used {key} already, in {_listed(held)}; set these, "
+                f"--cfg-options {option} has no effect: {path} has already used {key}, in {_listed(held)}; set these, "
                 f"or change {key} in a config of your own"
             )
 
@@ -81,10 +81,10 @@ def check_options(options: dict[str, Any], cfg: Config, path: str) -> None:
 def check_top_level(cfg: Config) -> None:
     """Check a config's own top-level keys.
 
-    A key of the user's that other fields refer to is fine.
+    A user's own key that other fields refer to is accepted.
 
     Raises:
-        UserError: one that nothing reads and whose name is close to one that is read.
+        UserError: a key that nothing reads and whose name is close to one that is read.
     """
     for key in cfg:
         if key in KEYS or key.startswith("_") or is_referred_to(key, cfg) or any(_holding(key, cfg)):
@@ -94,7 +94,7 @@ def check_top_level(cfg: Config) -> None:
 
 
 def is_referred_to(key: str, cfg: Config) -> bool:
-    """Whether the text of the config, or of those that it builds on, uses a variable of this name."""
+    """Whether the text of the config, or of those that it inherits, uses a variable of this name."""
     uses = rf"(?<![\w.]){re.escape(key)}\b(?!\s*=(?!=))|_base_\.{re.escape(key)}\b"
     return any(re.search(uses, line.split("#")[0]) for line in cfg.text.splitlines())
 
@@ -109,7 +109,7 @@ def _meant(key: str, cfg: Config, own: set[str]) -> str:
 
 
 def _fields(node: Any, where: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, value) of every field below those top-level keys that are read."""
+    """(place, value) of every field below the top-level keys that are read."""
     items = node.items() if hasattr(node, "items") else enumerate(node)
     for key, value in items:
         if not where and key not in KEYS:

@@ -1,1 +1,1 @@
-"""Several processes as one run: stopping together, finding each other, starting again."""
+"""Several processes in one run: how they stop together, find each other and start again."""

@@ -1,4 +1,4 @@
-"""Which network interface leads to another machine."""
+"""Finds the network interface that leads to another machine."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ SIOCGIFADDR = 0x8915
 
 
 def interface_towards(address: str) -> str | None:
-    """Name of the interface that packets to an address leave with, or None: unknown, or not out of this machine.
+    """Name of the interface that packets to an address leave through; None if unknown, or on this machine itself.
 
-    Only Linux is asked: the request has another number elsewhere, and Windows has no ``fcntl``.
+    Works on Linux only: the request has another number elsewhere, and Windows has no ``fcntl``.
     """
     if sys.platform != "linux":
         return None
@@ -22,7 +22,7 @@ def interface_towards(address: str) -> str | None:
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            # Nothing is sent: this looks the way up.
+            # Nothing is sent: this only looks up the route.
             probe.connect((address, 9))
         except OSError:
             return None
@@ -38,10 +38,10 @@ def interface_towards(address: str) -> str | None:
 
 
 def let_gloo_find_its_interface() -> None:
-    """Have gloo listen where machine 0 is reached from, unless ``GLOO_SOCKET_IFNAME`` says otherwise.
+    """Make gloo listen on the interface that leads to machine 0, unless ``GLOO_SOCKET_IFNAME`` says otherwise.
 
-    On its own it listens where the host's name leads to, which is the loopback device on many machines: Debian's
-    ``/etc/hosts`` says so. Other machines cannot connect there.
+    By default it listens where the host's name resolves to, which is the loopback device on many machines, as in
+    Debian's ``/etc/hosts``. Other machines cannot connect there.
     """
     name = interface_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     if name is not None:

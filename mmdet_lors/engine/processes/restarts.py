@@ -1,4 +1,4 @@
-"""What processes have to do differently once torchrun has started them again."""
+"""What processes must do differently after torchrun has restarted them."""
 
 import os
 from typing import Any
@@ -7,15 +7,15 @@ from torch.distributed import PrefixStore, TCPStore
 
 
 def restarts() -> int:
-    """How often torchrun has started this run's processes again after a failure."""
+    """How often torchrun has restarted this run's processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def restarted_store() -> dict[str, Any]:
-    """Arguments of ``init_process_group`` for a run that was started again; none for others.
+    """Arguments of ``init_process_group`` for a run that was restarted; none for others.
 
-    The launcher keeps its store when it starts the processes again, with the addresses of the ended ones in it, and
-    torch 2.11 leaves it to chance which are found. Under a prefix of its own, each attempt finds its own.
+    When the launcher restarts the processes it keeps its store, which still has the addresses of the ended ones, and
+    with torch 2.11 it is left to chance which are found. With a prefix of its own, each attempt finds its own.
     """
     if not restarts():
         return {}

@@ -1,4 +1,4 @@
-"""SIGTERM as a wish that all processes of a run fulfil together, after the same iteration."""
+"""Stopping on SIGTERM: all processes of a run stop together, after the same iteration."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ from torch import distributed as dist
 from .network import let_gloo_find_its_interface
 
 TOLD_TO_STOP = "MMDET_LORS_TOLD_TO_STOP"
-"""Set by the launcher once it got SIGTERM: a process that it starts again after that has nothing to do."""
+"""Set by the launcher once it has received SIGTERM: a process that it restarts afterwards ends at once."""
 
 
 class Stopped(SystemExit):
-    """The run stops because it was told to; exit status 0.
+    """The run stops because it received SIGTERM; exit status 0.
 
     Args:
-        checkpoint: what it goes on from, or None before training began.
+        checkpoint: what it can be resumed from, or None before training began.
     """
 
     def __init__(self, checkpoint: str | None = None) -> None:
@@ -31,10 +31,10 @@ def _stop_now(*_) -> None:
 
 
 def stop_at_once() -> None:
-    """Until training begins there is nothing to save: SIGTERM ends the process.
+    """End the process on SIGTERM, until training begins: there is nothing to save yet.
 
     Raises:
-        Stopped: it came already, to the launcher.
+        Stopped: the launcher has already received SIGTERM.
     """
     signal.signal(signal.SIGTERM, _stop_now)
     if TOLD_TO_STOP in os.environ:
@@ -42,7 +42,7 @@ def stop_at_once() -> None:
 
 
 class StopRequest:
-    """Whether any process of the run got SIGTERM."""
+    """Whether any process of the run has received SIGTERM."""
 
     def __init__(self) -> None:
         self.received = False
@@ -51,17 +51,17 @@ class StopRequest:
         self._before = None
 
     def listen(self) -> None:
-        """From now on note SIGTERM; called by all processes."""
+        """Record SIGTERM from now on; called by all processes."""
         self.listening = True
         if is_distributed() and dist.get_backend() != "gloo":
-            # Over gloo, also beside NCCL: no queued GPU work has to be waited for.
+            # Over gloo, even if NCCL is in use: it does not wait for queued GPU work.
             let_gloo_find_its_interface()
             self._group = dist.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def ignore(self) -> None:
-        """Leave SIGTERM to who handled it before."""
+        """Restore the previous handler of SIGTERM."""
         self.listening = False
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
@@ -71,11 +71,11 @@ class StopRequest:
         self.received = True
 
     def agreed(self) -> bool:
-        """The same answer in all processes, each of which has to ask."""
+        """Whether to stop: the same answer in all processes, each of which must call this."""
         return bool(self.largest(self.received))
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+        """The largest of all processes' numbers; each must call this."""
         if not is_distributed():
             return int(number)
         value = torch.tensor(int(number))
