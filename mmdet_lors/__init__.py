@@ -1,4 +1,4 @@
-"""AdaMixer with LORS for MMDetection 3.x. Importing it registers its parts with mmdet, where that is there."""
+"""AdaMixer with LORS for MMDetection 3.x. Importing it registers its parts with mmdet, if that is installed."""
 
 from .compatibility import check_versions, has_mmdet
 

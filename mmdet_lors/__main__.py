@@ -1,4 +1,4 @@
-"""``python -m mmdet_lors TOOL ...``: the tools of an installed package, which has no ``tools`` folder beside it."""
+"""``python -m mmdet_lors TOOL ...`` runs a tool of an installed package, which has no ``tools`` folder beside it."""
 
 import runpy
 import sys
@@ -17,7 +17,7 @@ def main() -> None:
         print(USAGE + "\n  ".join(tools))
         return
     if name not in tools:
-        sys.exit(f"error: {name} is no tool of mmdet_lors; python -m mmdet_lors --help lists them")
+        sys.exit(f"error: {name} is not a tool of mmdet_lors; python -m mmdet_lors --help lists them")
     path = TOOLS / f"{name}.py"
     sys.argv = [str(path), *sys.argv[2:]]
     sys.path.insert(0, str(path.parent))

@@ -9,11 +9,11 @@ RANGES = {
     "mmcv": ("2.0.0", "3.0", 'pip install "mmcv>=2.0,<2.2"'),
     "mmdet": ("3.3.0", "4.0", 'pip install "mmdet>=3.3,<4"'),
 }
-"""Name: first version, first one that is too new, how to get a right one. Which mmcv fits is for mmdet to say."""
+"""Name -> lowest version, first version that is too new, remedy. mmdet itself decides which mmcv fits."""
 
 
 def has_mmdet() -> bool:
-    """Whether mmdet can be imported; without it there are the parts of ``lors`` and ``pela`` that need torch alone."""
+    """Whether mmdet can be imported; without it, only the parts of ``lors`` and ``pela`` that need only torch work."""
     try:
         return find_spec("mmdet") is not None
     except ImportError:
@@ -21,11 +21,11 @@ def has_mmdet() -> bool:
 
 
 def check_versions() -> None:
-    """Import every package of :data:`RANGES` and look at its version.
+    """Import every package of :data:`RANGES` and check its version.
 
     Raises:
-        ImportError: one is missing, or out of its range, or mmdet refuses the mmcv or mmengine that is there; says
-            what to install.
+        ImportError: one is missing or out of its range, or mmdet refuses the installed mmcv or mmengine; says what to
+            install.
     """
     from packaging.version import Version  # Not in every environment that has torch.
 

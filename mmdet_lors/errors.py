@@ -1,8 +1,8 @@
-"""The error that is the user's to mend: our tools print it as one line, without a traceback."""
+"""The error for what the user can fix: our tools print it as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """A setting, file or checkpoint that cannot work; the message names it and says what would be right."""
+    """A setting, file or checkpoint is wrong; the message names it and says what would be right."""
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises its worker's error with the worker's traceback as message: the last line is ours.

@@ -1,6 +1,6 @@
-"""The scope ``mmdet_lors``, which mmengine gives to whatever comes from ``_base_ = "mmdet_lors::..."``.
+"""The scope ``mmdet_lors``, which mmengine gives to all that is inherited by ``_base_ = "mmdet_lors::..."``.
 
-Its registries hold nothing: they hand every name on to mmdet's, where all of our parts are registered.
+Its registries are empty: they pass every name on to mmdet's, where all of our parts are registered.
 """
 
 from mmdet import registry as mmdet_registry
@@ -14,8 +14,8 @@ REGISTRIES = {
     for name, parent in vars(mmdet_registry).items()
     if isinstance(parent, Registry)
 }
-"""As they are called in mmdet, ``MODELS`` and so on."""
+"""Registries under their names in mmdet, ``MODELS`` and so on."""
 
-# mmengine takes configs of the packages in this table alone. It looks for a distribution of the name there and,
-# where it finds none, which is meant here, for a module: that finds an editable install, too.
+# mmengine accepts configs only of the packages in this table. It looks for a distribution of the name given there and,
+# if it finds none, as is intended here, for a module: that finds an editable install as well.
 MODULE2PACKAGE[SCOPE] = __name__

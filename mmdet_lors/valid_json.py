@@ -1,4 +1,4 @@
-"""JSON that every reader takes: null where there is no number, in all that this package and mmengine write."""
+"""Valid JSON in all that this package and mmengine write: null in place of NaN and infinities."""
 
 import json
 from math import isfinite
@@ -13,8 +13,8 @@ def to_json(value: Any, **settings: Any) -> str:
     """The text of a value, in which NaN and infinities, which JSON does not have, are null.
 
     Args:
-        value: of what JSON has, and numbers and arrays of numpy and torch.
-        settings: of ``json.dumps``.
+        value: anything that JSON can hold, and numbers and arrays of numpy and torch.
+        settings: those of ``json.dumps``.
     """
     settings = dict(dict(default=_plain), **settings, allow_nan=False)
     try:
@@ -43,7 +43,7 @@ def _plain(value: Any) -> Any:
 
 @register_handler("json")
 class ValidJsonHandler(JsonHandler):
-    """mmengine's way to and from JSON files: its logs of scalars, its metrics, its results."""
+    """mmengine's reader and writer of JSON files: its logs of scalars, its metrics, its results."""
 
     def dump_to_fileobj(self, obj: Any, file: Any, **settings: Any) -> None:
         """Write to an open file."""

@@ -1,4 +1,4 @@
-"""LORS in any registered model, from its config."""
+"""Adds LORS to any registered model, from its config."""
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -19,11 +19,11 @@ FIELDS = ("layers", "targets", "rank", "groups", "share", "init", "turns")
 
 @MODELS.register_module("WithLORS")
 def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
-    """Build a model, and make LORST of the weights that ``stacks`` names.
+    """Build a model, and replace the weights that ``stacks`` names by LORST.
 
-    Returned is the model itself, so that runner, hooks and parameter names see nothing new around it. Its
-    ``init_weights()`` first initialises the plain model, pre-trained weights included, and then shares what came out;
-    a model that loads its weights while it is built needs none.
+    The model itself is returned, so that runner, hooks and parameter names see no wrapper around it. Its
+    ``init_weights()`` first initialises the plain model, pre-trained weights included, and then shares the result; a
+    model that loads its weights while it is built needs no ``init_weights()``.
 
     Args:
         model: config of any registered model.
@@ -32,10 +32,10 @@ def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
             :func:`mmdet_lors.lors.share_stack`: ``targets``, ``rank``, ``groups``, ``share``, ``init``, ``turns``.
 
     Raises:
-        UserError: what is wrong with which field of which stack.
+        UserError: names the stack, the field, and what is wrong with it.
     """
     if not isinstance(stacks, Sequence) or isinstance(stacks, str) or not stacks:
-        raise UserError(f"stacks must be a list with one dict or more, got {stacks!r}")
+        raise UserError(f"stacks must be a list of one dict or more, got {stacks!r}")
     for i, stack in enumerate(stacks):
         _check_fields(f"stacks[{i}]", stack)
     # A copy: mmdet's DETRs write into their config, which could not be built again.
@@ -55,9 +55,9 @@ def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
 
 
 def _init_weights(self: nn.Module, *args, **kwargs) -> None:
-    """The model's own ``init_weights()`` on its plain weights, then LORS's initialisation."""
+    """Run the model's own ``init_weights()`` on its plain weights, then initialise LORS from them."""
     with plain_stack([self]) as report:
-        # Below another mmengine module, which lists all parameters first and refuses those that it does not know.
+        # An enclosing mmengine module lists all parameters first, and refuses those that it does not know.
         known = getattr(self, "_params_init_info", None)
         if known is not None:
             for parameter in self.parameters():

@@ -92,7 +92,7 @@ def test_installed_tools_run_by_name(installed, tmp_path):
     unknown = run_installed(installed, tmp_path, "-m", "mmdet_lors", "trian")
     assert unknown.returncode == 1
     assert unknown.stderr.strip().endswith(
-        "error: trian is no tool of mmdet_lors; python -m mmdet_lors --help lists them"
+        "error: trian is not a tool of mmdet_lors; python -m mmdet_lors --help lists them"
     )
     (tmp_path / "my.py").write_text(f'_base_ = "mmdet_lors::{CONFIG}"\n')
     report = run_installed(installed, tmp_path, "-m", "mmdet_lors", "analysis_tools/model_report", "my.py")

@@ -190,8 +190,8 @@ def test_layers_can_be_named_one_by_one():
 @pytest.mark.parametrize(
     ("stacks", "message"),
     [
-        ([], "stacks must be a list with one dict or more, got []"),
-        (dict(layers="blocks"), "stacks must be a list with one dict or more"),
+        ([], "stacks must be a list of one dict or more, got []"),
+        (dict(layers="blocks"), "stacks must be a list of one dict or more"),
         (["blocks"], "stacks[0] must be a dict, got 'blocks'"),
         ([dict(targets="0")], "stacks[0].layers is missing"),
         ([dict(layers="blocks")], "stacks[0].targets is missing"),
