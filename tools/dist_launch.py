@@ -1,4 +1,4 @@
-"""torchrun, with SIGTERM passed on and waited for, and a failed process reported in one line."""
+"""Run torchrun, but pass SIGTERM on and wait for the processes, and report a failed one in one line."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, main
 
 TOLD_TO_STOP = "MMDET_LORS_TOLD_TO_STOP"
-"""As in mmdet_lors/engine/processes/stop.py: what is restarted with it has nothing to do."""
+"""As in mmdet_lors/engine/processes/stop.py: a process that is restarted with it set ends at once."""
 
 
 def children() -> list[int]:
@@ -37,13 +37,13 @@ def ending(exit_code: int) -> str:
     """How a process ended, by its exit code."""
     if exit_code >= 0:
         return f"ended with exit status {exit_code}; its message is above"
-    hint = " (out of memory, or by hand)" if -exit_code == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-exit_code).name}{hint}; training goes on with --resume"
+    hint = " (out of memory, or by a user)" if -exit_code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-exit_code).name}{hint}; resume training with --resume"
 
 
 if __name__ == "__main__":
     if not os.access("/proc/self/stat", os.R_OK):
-        sys.exit("error: several processes need Linux; elsewhere use one: python tools/train.py CONFIG")
+        sys.exit("error: several processes need Linux; elsewhere use a single one: python tools/train.py CONFIG")
     signal.signal(signal.SIGTERM, pass_on)
     # torch 2.6 cannot be kept from handling SIGTERM itself.
     known = "--signals-to-handle" in get_args_parser().format_help()
@@ -56,4 +56,4 @@ if __name__ == "__main__":
         if "EADDRINUSE" not in str(error):
             raise
         port = get_args_parser().parse_args().master_port
-        sys.exit(f"error: port {port} is in use, by another run perhaps; set PORT to a free one, as in PORT={port + 1}")
+        sys.exit(f"error: port {port} is in use, perhaps by another run; set PORT to a free one, as PORT={port + 1}")

@@ -5,7 +5,7 @@
 #   NODE_RANK    this machine's number, from 0                  (0)
 #   MASTER_ADDR  address of machine 0                           (127.0.0.1)
 #   PORT         a free port on machine 0                       (29500)
-#   MAX_RESTARTS how often to start again after a failure; training goes on from its newest checkpoint   (0)
+#   MAX_RESTARTS how often to restart after a failure; training resumes from its newest checkpoint   (0)
 #   PYTHON       the interpreter                                (python)
 #   OMP_NUM_THREADS  threads of each process                    (cores / processes)
 

@@ -32,10 +32,10 @@ def parse_args() -> argparse.Namespace:
         "--ann-file",
         type=Path,
         metavar="FILE.json",
-        help="annotation file that --coco takes image and category ids from",
+        help="annotation file with the image and category ids for --coco",
     )
     parser.add_argument(
-        "--score-thr", type=float, default=0.3, metavar="S", help="lowest score to be drawn (default: %(default)s)"
+        "--score-thr", type=float, default=0.3, metavar="S", help="lowest score of a drawn box (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda:N, mps or xpu (default: a GPU if there is one)")
@@ -49,7 +49,7 @@ def check(args: argparse.Namespace, video: str | None) -> None:
     """Refuse options that cannot work, before anything is loaded.
 
     Raises:
-        UserError: which option, and what would be right.
+        UserError: names the option and what would be right.
     """
     if not 0 <= args.score_thr <= 1:
         raise UserError(f"--score-thr {args.score_thr}: must be from 0 to 1")
@@ -60,7 +60,7 @@ def check(args: argparse.Namespace, video: str | None) -> None:
     if args.ann_file and not args.coco:
         raise UserError("--ann-file is for --coco FILE.json, which is not given")
     if args.coco and video:
-        raise UserError("--coco is for images: a video's frames have no image ids; take --json")
+        raise UserError("--coco is for images: a video's frames have no image ids; use --json")
     if args.coco and not args.coco.parent.is_dir():
         raise UserError(f"--coco {args.coco}: folder {args.coco.parent} does not exist")
     if args.out.exists() and not args.out.is_dir():
@@ -68,14 +68,14 @@ def check(args: argparse.Namespace, video: str | None) -> None:
 
 
 def progress(sequence: Iterable, total: int) -> Iterable:
-    """A progress bar on the terminal, not in the output."""
+    """Show a progress bar on stderr, not in the output."""
     return track(sequence, "Inference", total=max(total, 0) or None, console=Console(stderr=True))
 
 
 def run_images(
     args: argparse.Namespace, pictures: dict[str, Path], inferencer: Inferencer, ids: CocoIds | None
 ) -> list[str]:
-    """All images, batch by batch; returns what was written."""
+    """Detect in all images, batch by batch; returns the lines to print."""
     images = list(pictures)
     found, results = [], []
     for image, sample in progress(inferencer.stream(images, args.batch_size), len(images)):
@@ -100,10 +100,10 @@ def run_images(
 
 
 def video_path(out: Path, video: str) -> Path:
-    """Where the video with boxes goes.
+    """The file for the video with boxes.
 
     Raises:
-        UserError: it would overwrite what it is made from.
+        UserError: it would overwrite the input.
     """
     target = out / f"{Path(video).stem}.mp4"
     check_not_input(target, video)
@@ -111,7 +111,7 @@ def video_path(out: Path, video: str) -> Path:
 
 
 def run_video(args: argparse.Namespace, path: str, target: Path, inferencer: Inferencer) -> list[str]:
-    """All frames of a video; returns what was written."""
+    """Detect in all frames of a video; returns the lines to print."""
     video = open_video(path)
     args.out.mkdir(parents=True, exist_ok=True)
     found = []
@@ -126,7 +126,7 @@ def run_video(args: argparse.Namespace, path: str, target: Path, inferencer: Inf
 
 
 def summary(args: argparse.Namespace, found: list[dict], what: str, written: list[str]) -> list[str]:
-    """Write the JSON, and say in a few words what was found."""
+    """Write the JSON if asked to; returns lines that say what was found and written."""
     if args.json:
         file = args.out / "predictions.json"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def main() -> None:
         ids = CocoIds.from_annotations(args.ann_file, images, inferencer.classes, inferencer.frame)
     elif args.coco:
         ids = CocoIds.counted(images, inferencer.classes)
-        print("image and category ids are counted from 1; --ann-file takes a data set's")
+        print("image and category ids are counted from 1; for those of a data set use --ann-file")
     try:
         lines = run_video(args, video, pictures, inferencer) if video else run_images(args, pictures, inferencer, ids)
     except OSError as error:

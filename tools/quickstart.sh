@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# From nothing to a trained, evaluated AdaMixer+LORS: sets up the environment, makes the embedded digits data set,
-# trains, evaluates, draws, and prints a summary. On two CPU cores: set-up about 8 minutes, training under 10.
+# From nothing to a trained and evaluated AdaMixer+LORS: sets up the environment, makes the digits data set, trains,
+# evaluates, draws, and prints a summary. On two CPU cores: set-up about 8 minutes, training under 10.
 #
 # Usage: bash tools/quickstart.sh [--no-venv]
 #   --no-venv  use the active environment (see tools/setup_env.sh)
 #
 # Settings (environment variables):
 #   CONFIG    what to train                (configs/lors/adamixer-lors_r18_digits.py)
-#   WORK_DIR  where everything it writes goes, beside data/digits   (work_dirs/quickstart)
-#   GPUS      processes                    (all GPUs, or 1 on the CPU)
+#   WORK_DIR  folder for all output except data/digits   (work_dirs/quickstart)
+#   GPUS      number of processes          (all GPUs, or 1 on the CPU)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1-} in

@@ -1,7 +1,7 @@
 # Sourced by slurm_train.sh and slurm_test.sh: one srun task per GPU.
 #
 # Settings, all optional, by environment variable:
-#   GPUS           GPUs in all                                  (8)
+#   GPUS           number of GPUs in total                      (8)
 #   GPUS_PER_NODE  GPUs of each machine                         (8)
 #   CPUS_PER_TASK  cores of each process                        (5)
 #   SRUN_ARGS      further arguments of srun                    ()

@@ -50,10 +50,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw(cfg: Config, args: argparse.Namespace) -> None:
-    """Switch the drawing of predictions on.
+    """Turn on the drawing of predictions.
 
     Raises:
-        UserError: a model that predicts nothing to be drawn.
+        UserError: the config's model predicts nothing that can be drawn.
     """
     if "visualization" not in cfg.default_hooks:
         raise UserError("--show and --show-dir draw boxes: this config has no default_hooks.visualization")
@@ -76,7 +76,7 @@ def augment(cfg: Config) -> None:
     """Replace the test pipeline by the config's TTA settings, or by plain and flipped images.
 
     Raises:
-        UserError: a data set that has no pipeline of detection.
+        UserError: the test data set has no pipeline for detection.
     """
     if "pipeline" not in cfg.test_dataloader.dataset:
         raise UserError("--tta flips images and merges boxes: this config's test data set has no pipeline")

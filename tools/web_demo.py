@@ -1,4 +1,4 @@
-"""A web page on this machine where a picture goes in and boxes come out."""
+"""Serve a web page on this machine that detects objects in a picture."""
 
 import argparse
 import socket
@@ -21,15 +21,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)",
+        help="address to listen on; 0.0.0.0 allows other machines (default: %(default)s)",
     )
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda:N, mps or xpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--score-thr", type=float, default=0.3, metavar="S", help="where the slider starts (default: %(default)s)"
+        "--score-thr", type=float, default=0.3, metavar="S", help="initial value of the slider (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-megabytes", type=float, default=10, metavar="MB", help="largest picture taken (default: %(default)s)"
+        "--max-megabytes", type=float, default=10, metavar="MB", help="largest picture accepted (default: %(default)s)"
     )
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings that override the config"
@@ -41,7 +41,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is loaded.
 
     Raises:
-        UserError: which option, and what would be right.
+        UserError: names the option and what would be right.
     """
     if find_spec("nicegui") is None:
         raise UserError("the web page needs NiceGUI: pip install -e .[web]")
@@ -59,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def example_of(cfg: Config) -> Path | None:
-    """The first image of the config's test data, if it is there."""
+    """The first image of the config's test data, or None if that data does not exist."""
     dataset = cfg.test_dataloader.dataset
     folder = Path(dataset.get("data_root") or "", (dataset.get("data_prefix") or {}).get("img") or "")
     try:
@@ -69,7 +69,7 @@ def example_of(cfg: Config) -> Path | None:
 
 
 def main() -> None:
-    """Check, load the detector, serve until interrupted."""
+    """Check the options, load the detector, and serve until interrupted."""
     args = parse_args()
     check(args)
     cfg = load_config(args.config, args.cfg_options)
@@ -81,7 +81,7 @@ def main() -> None:
 
     title = f"{Path(args.config).stem}, {Path(args.checkpoint).name}"
     app = make_app(inferencer, title, example_of(cfg), round(args.max_megabytes * 10**6), args.score_thr)
-    print(f"open http://{args.host}:{args.port}, end with Ctrl+C", flush=True)
+    print(f"open http://{args.host}:{args.port}, stop with Ctrl+C", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 

@@ -264,8 +264,8 @@ def test_refuses(teacher_file, changes, message):
 @pytest.mark.parametrize(
     ("weights", "arguments", "message"),
     [
-        ({"backbone.weight": torch.zeros(1)}, [], "holds no student: it is not of a PELADistiller"),
-        ({"student.network.blocks.0.attn.qkv.U": torch.zeros(1)}, ["--mmdet-swin"], "is no Swin of timm"),
+        ({"backbone.weight": torch.zeros(1)}, [], "holds no student: it is not a checkpoint of a PELA"),
+        ({"student.network.blocks.0.attn.qkv.U": torch.zeros(1)}, ["--mmdet-swin"], "is not a Swin of timm"),
         (
             {
                 "student.network.patch_embed.proj.weight": torch.zeros(1),

@@ -51,11 +51,11 @@ def test_classes_are_browsed_too(tmp_path, call_tool, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((VIT,), "--out is missing: name a folder or a picture to write, or --show the images"),
+        ((VIT,), "--out is missing: give a folder or a picture to write, or --show the images"),
         ((VIT, "--out", "{}", "--number", "0"), "--number 0: must be 1 or more"),
         ((VIT, "--out", "{}", "--start", "1442"), "--start 1442: the data set has images 0 to 1441"),
         ((VIT, "--out", "README.md"), "--out README.md: is a file of another kind"),
-        ((VIT, "--show"), "--show needs a display, and there is none"),
+        ((VIT, "--show"), "--show needs a display, but there is none"),
         (("configs/_base_/default_runtime.py", "--out", "{}"), "has no train_dataloader"),
         (("configs/classification/deit-tiny-lors_cifar100.py", "--out", "{}"), "cifar-100-python does not exist"),
     ],

@@ -103,7 +103,7 @@ def test_schedule_by_iterations_needs_no_epoch():
     cfg.param_scheduler = dict(type="MultiStepLR", by_epoch=False, milestones=[6], gamma=0.1)
     schedule = preview(cfg, None)
     assert schedule.lr == pytest.approx([0.1] * 6 + [0.01] * 4) and schedule.iterations_per_epoch is None
-    with pytest.raises(UserError, match="goes by epochs; give --iterations-per-epoch"):
+    with pytest.raises(UserError, match="is by epochs; give --iterations-per-epoch"):
         preview(Config(SCHEDULE), None)
 
 
@@ -223,7 +223,7 @@ def test_curves_share_a_panel_by_pattern(tmp_path, call_tool, capsys):
         (("{}/log", "--smooth", "1"), "--smooth 1: must be 0 or more and below 1"),
         (("{}/log", "{}/log"), "runs of equal names"),
         (("{}/log", "--names", "a", "b"), "--names has 2 entries for 1 runs"),
-        (("README.md",), "log README.md, line 1: no JSON"),
+        (("README.md",), "log README.md, line 1: not JSON"),
     ],
 )
 def test_logs_refuses(arguments, message, tmp_path, monkeypatch, root, capsys):

@@ -208,7 +208,7 @@ def test_total_is_the_sum_of_its_parts():
     ("arguments", "message"),
     [
         (("none.py",), "config none.py does not exist"),
-        ((), "name at least one CONFIG, or --paper"),
+        ((), "give at least one CONFIG, or --paper"),
         ((PLAIN_DIGITS, "--input", "1280"), "--input '1280' must be WIDTHxHEIGHT in pixels, each 32 or more"),
         ((PLAIN_DIGITS, "--input", "31x800"), "--input '31x800' must be"),
         ((PLAIN_DIGITS, "--json", "none/x.json"), "--json none/x.json: folder none does not exist"),

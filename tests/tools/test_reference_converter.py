@@ -163,7 +163,7 @@ def test_a_config_tells_of_another_number_of_classes(whole, refused):
     cfg.model.decoder.num_classes = 8
     cfg.dump(config)
     assert "has 7 classes," in refused(weights, "--config", config)
-    assert "has 7 classes, not 8: give --num-classes 7?" in refused(weights, "--num-classes", 8)
+    assert "has 7 classes, not 8: use --num-classes 7?" in refused(weights, "--num-classes", 8)
 
 
 def test_a_config_of_another_model(refused):
@@ -172,7 +172,7 @@ def test_a_config_of_another_model(refused):
 
 
 def test_another_number_of_classes_than_coco_has_must_be_said(refused):
-    assert "has 7 classes, not 80: give --num-classes 7?" in refused(golden_weights("lors"))
+    assert "has 7 classes, not 80: use --num-classes 7?" in refused(golden_weights("lors"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -89,7 +89,7 @@ def test_sampling_draws_a_grid(picture, tmp_path, call_tool, capsys):
     ("arguments", "message"),
     [
         (("none.png", LORS_DIGITS, "none.pth"), "image none.png does not exist"),
-        ((LORS_DIGITS, LORS_DIGITS, "none.pth"), "cannot be read: it is no picture"),
+        ((LORS_DIGITS, LORS_DIGITS, "none.pth"), "cannot be read: it is not a picture"),
         (("{}", LORS_DIGITS, "none.pth"), "checkpoint none.pth does not exist"),
         (("{}", LORS_DIGITS, "none.pth", "--stages", "3"), "--stages 3: the model has stages 0 to 2"),
         (("{}", LORS_DIGITS, "none.pth", "--queries", "20"), "--queries 20: the model has queries 0 to 19"),

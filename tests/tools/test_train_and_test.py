@@ -126,7 +126,7 @@ def test_train_refuses_a_broken_config(work, tmp_path, monkeypatch, capsys):
         ("model.decoder.lors.static.size=3", "lors.static.size is unknown"),
         ("model.decoder.stage.num_groups=5", "feat_channels 64 is not divisible by num_groups 5"),
         ("model.decoder.featmap_strides=[4,8]", "featmap_strides has 2 entries for 3 neck levels"),
-        ("model.decoder.num_layers=3", "model.decoder.num_layers: AdaMixerDecoder has no field of this name"),
+        ("model.decoder.num_layers=3", "model.decoder.num_layers: AdaMixerDecoder has no such field"),
         ("model.neck.type=ChannelMaping", "ChannelMaping is not in the mmdet::model registry"),
         ("load_from=none.pth", "checkpoint none.pth does not exist"),
     ],
@@ -181,7 +181,7 @@ def test_dist_train_names_a_port_in_use(tmp_path, monkeypatch):
         monkeypatch.setattr("conftest.free_port", lambda: port)
         done = run("bash", "tools/dist_train.sh", LORS_DIGITS, "1", "--work-dir", str(tmp_path / "w"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: port {port} is in use, by another run perhaps; set PORT to a free one" in done.stderr
+    assert f"error: port {port} is in use, perhaps by another run; set PORT to a free one" in done.stderr
     assert not (tmp_path / "w").exists()
 
 

@@ -1,8 +1,8 @@
-"""Time mmdet's own loading of a COCO-size annotation file, and ours with its checks.
+"""Time how mmdet loads an annotation file of COCO's size, and how we do, with our checks.
 
-The file is made up: as many images and annotations with polygons as COCO's train2017 unless told otherwise. Each
-loading is a fresh process, mmdet's and ours in turns. `train` loads the file once, to train; `train and val` also as
-validation data with their metric, as a run does whose files are the same. Imports are not counted.
+The file is synthetic, by default with as many images and annotations with polygons as COCO's train2017. Each loading
+is a new process, mmdet's and ours in turn. `train` loads the file once, for training; `train and val` also as
+validation data with its metric, like a run that uses one file for both. Imports are not counted.
 """
 
 import argparse
@@ -29,14 +29,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=118_287, help="default: %(default)s")
     parser.add_argument("--annotations", type=int, default=860_000, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="of each loading (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each loading (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the seconds to this file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_file(path: Path, images: int, annotations: int) -> None:
-    """A data set whose objects are spread over its images, with polygons of COCO's mean length."""
+    """Write a data set whose objects are spread over its images, with polygons of COCO's mean length."""
     numbers = random.Random(0)
     content = dict(
         images=[dict(id=i, file_name=f"{i:012}.jpg", width=640, height=480, license=1) for i in range(1, images + 1)],
@@ -53,7 +53,7 @@ def write_file(path: Path, images: int, annotations: int) -> None:
 
 
 def load(who: str, what: str, file: str) -> None:
-    """What a run does with the file from its start to its first iteration."""
+    """Do what a run does with the file before its first iteration."""
     from mmdet.datasets import CocoDataset
     from mmdet.evaluation import CocoMetric
 
@@ -77,7 +77,7 @@ def load(who: str, what: str, file: str) -> None:
 
 
 def measure(who: str, what: str, file: str) -> None:
-    """Print the seconds and the largest memory of one loading."""
+    """Print the seconds and the peak memory of one loading."""
     with contextlib.redirect_stdout(io.StringIO()):
         import mmdet_lors.datasets  # noqa: F401
 

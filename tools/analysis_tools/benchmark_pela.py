@@ -1,7 +1,7 @@
-"""Time what PELA saves and what it costs: inference before and after, compression itself, exact against randomised.
+"""Time what PELA saves and what it costs: inference before and after, compression, and exact against randomised SVD.
 
 Everything is measured in this one run, on the CPU by default. Times are medians over repeats in which the two sides
-take turns, so that both see the same machine. Weights are random unless --checkpoint names trained ones. Random ones
+take turns, so that both see the same machine. Weights are random unless --checkpoint gives trained ones. Random ones
 are a hard case: their singular values fall slowly, so that much is cut off and directions are hard to tell apart.
 """
 
@@ -31,14 +31,14 @@ from mmdet_lors.valid_json import to_json
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds of the original and of the compressed one, medians of the same number of repeats."""
+    """Seconds of the original and of the compressed side, medians over the same number of repeats."""
 
     original: float
     compressed: float
 
     @property
     def share(self) -> float:
-        """Of the original's time."""
+        """The compressed side's share of the original's time."""
         return self.compressed / self.original
 
 
@@ -54,14 +54,14 @@ class Factorisation:
 def compare(
     original: Callable[[], object], compressed: Callable[[], object], repeats: int, device: torch.device
 ) -> Pair:
-    """Both in turn, after one call of each that does not count."""
+    """Time both in turn, after one call of each that does not count."""
     sides = dict(original=original, compressed=compressed)
     found = interleaved({name: partial(seconds, call, device) for name, call in sides.items()}, repeats)
     return Pair(**{name: median(times) for name, times in found.items()})
 
 
 def inputs_of_linears(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Tensor]:
-    """What each of these layers is given when the model sees these images."""
+    """The input of each of these layers when the model runs on these images."""
     seen: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
@@ -75,7 +75,7 @@ def inputs_of_linears(model: nn.Module, names: Sequence[str], images: Tensor) ->
 
 
 def all_layers(layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Callable[[], None]:
-    """One call of each layer with its own input."""
+    """A function that calls each layer once with its own input."""
 
     def call() -> None:
         for layer, x in zip(layers, inputs, strict=True):
@@ -92,7 +92,7 @@ def lowrank_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """What :func:`best_factors` does, by a whole SVD in the weight's own precision."""
+    """The same as :func:`best_factors`, by a full SVD in the weight's own precision."""
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     half = values[:rank].sqrt()
     return right[:rank].T * half, left[:, :rank] * half
@@ -101,7 +101,7 @@ def svd_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def factorise_all(
     weights: Sequence[Tensor], ranks: Sequence[int], how: Callable[[Tensor, int], tuple[Tensor, Tensor]]
 ) -> Factorisation:
-    """Factorise every weight, and sum up."""
+    """Factorise every weight; returns the time and the error over all of them."""
     pairs = []
     taken = seconds(lambda: pairs.extend(map(how, weights, ranks)), weights[0].device)
     rest = sum(
@@ -112,7 +112,7 @@ def factorise_all(
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict:
-    """All figures, as the report and --json have them."""
+    """All figures of the report and of --json."""
     device = torch.device(args.device)
     torch.manual_seed(0)
     model = create_network(args.model).to(device).eval()
@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def print_report(result: dict) -> None:
-    """Two tables and what they were measured on."""
+    """Print two tables and what they were measured on."""
     console = Console()
     before, after = result["parameters"]
     console.print(
@@ -185,18 +185,20 @@ def print_report(result: dict) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the report, and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="deit_base_patch16_224", help="timm's name (default: %(default)s)")
+    parser.add_argument("--model", default="deit_base_patch16_224", help="name of a timm model (default: %(default)s)")
     parser.add_argument("--checkpoint", help="its weights: a file or timm://NAME (default: random ones)")
     parser.add_argument("--ratio", type=float, default=2, help="compression ratio (default: %(default)s)")
-    parser.add_argument("--omit", nargs="*", default=list(OMIT), help="names left whole (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="of each side (default: %(default)s)")
+    parser.add_argument(
+        "--omit", nargs="*", default=list(OMIT), help="names of layers to leave uncompressed (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images per call (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="repeats of each side (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()

@@ -1,8 +1,9 @@
-"""What LORST adds to a training step: DeiT-Tiny with LORST in every attention and FFN weight, against plain DeiT-Tiny.
+"""Time what LORST adds to a training step: DeiT-Tiny with LORST in all attention and FFN weights against the plain one.
 
-Both models take turns in one process, a few steps each, so that whatever else the machine does meets both. A step is
-forward, backward and AdamW on random images. Printed are the medians over the turns, and of the turns' ratios.
-The allocation is the paper's (rank 32, groups 1 1 1 1 1 1 1 1 1 2 4 6 in attention, 6 4 2 1 1 1 1 1 1 1 1 1 in FFNs).
+Both models take turns in one process, a few steps each, so that other load on the machine affects both. A step is
+forward, backward and AdamW on random images. It prints the median times over the turns, and the median of the turns'
+ratios. The allocation is the paper's (rank 32, groups 1 1 1 1 1 1 1 1 1 2 4 6 in attention, 6 4 2 1 1 1 1 1 1 1 1 1 in
+FFNs).
 
     python tools/analysis_tools/benchmark_stack.py --threads 2 --max-ratio 1.10
 """
@@ -32,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     """The command line.
 
     Raises:
-        UserError: a number that cannot be.
+        UserError: a number out of range, or a device that is not available.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per step (default: %(default)s)")
@@ -44,22 +45,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--max-ratio", type=float, metavar="X", help="exit status 1 if LORST takes more than X x plain")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
     for name, least in dict(batch=1, size=1, patch=1, turns=1, steps=1, warm_up=0, threads=1).items():
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     if args.size % args.patch:
-        raise UserError(f"--size {args.size} is no multiple of --patch {args.patch}")
+        raise UserError(f"--size {args.size} is not a multiple of --patch {args.patch}")
     if args.device not in ("cpu", "cuda") or args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device!r} is not available here; cpu or cuda")
+        raise UserError(f"--device {args.device!r} is not available here; use cpu or cuda")
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: folder {args.json.parent} does not exist")
     return args
 
 
 def build(lors: bool, size: int, patch: int, device: str) -> nn.Module:
-    """DeiT-Tiny, with LORST or without."""
+    """Build DeiT-Tiny, with LORST or without."""
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", img_size=size, patch_size=patch, num_classes=CLASSES)
     if lors:

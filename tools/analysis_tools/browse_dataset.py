@@ -1,8 +1,8 @@
-"""What a model is trained on: pictures of a config's data set as they leave its pipeline, with their labels.
+"""Show what a model is trained on: the images of a config's data set after its pipeline, with their labels.
 
-Detection data are drawn by mmdet's visualizer (boxes and masks after augmentation), classification data under their
-class. Random augmentations follow --seed. --out is a folder, for one picture per image, or one file, for a contact
-sheet of all.
+mmdet's visualizer draws detection data (boxes and masks after augmentation); classification data have their class as
+title. Random augmentations follow --seed. --out is a folder, for one picture per image, or one file, for a contact
+sheet of all images.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from mmdet_lors.errors import UserError
 
 COLUMNS = 4
 MIN_SIDE = 180
-"""Smaller images are enlarged to this many pixels, about what they have on a contact sheet."""
+"""Smaller images are enlarged to at least this many pixels, about their size on a contact sheet."""
 
 
 class Picture(NamedTuple):
     """One image of the data set, drawn."""
 
     name: str
-    """For a file, without ending."""
+    """File name without ending."""
     title: str
     image: np.ndarray
     """(H, W, 3), RGB."""
@@ -45,10 +45,10 @@ class Picture(NamedTuple):
 
 
 def build_dataset(cfg: Config, split: str):
-    """The data set of a split, after its files were checked.
+    """Check the files of a split's data set, and build it.
 
     Raises:
-        UserError: no such split in the config, or data that are missing or do not fit.
+        UserError: the config has no such split, or data is missing or does not fit.
     """
     loader = cfg.get(f"{split}_dataloader")
     if not loader:
@@ -105,7 +105,7 @@ def pictures(cfg: Config, dataset, start: int, number: int, seed: int) -> Iterat
             yield _classification(dataset.metainfo["classes"], item, index)
         else:
             raise UserError(
-                f"the pipeline of {cfg.filename} gives a {type(sample).__name__} as data_samples, "
+                f"the pipeline of {cfg.filename} returns a {type(sample).__name__} as data_samples, "
                 "neither a DetDataSample nor a class"
             )
 
@@ -135,8 +135,10 @@ def main() -> None:
     parser.add_argument("config", help="config file")
     parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="default: %(default)s")
     parser.add_argument("--number", type=int, default=8, metavar="N", help="how many images (default: %(default)s)")
-    parser.add_argument("--start", type=int, default=0, metavar="I", help="the first one (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the augmentations (default: %(default)s)")
+    parser.add_argument(
+        "--start", type=int, default=0, metavar="I", help="index of the first image (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the augmentations (default: %(default)s)")
     parser.add_argument(
         "--out",
         type=Path,
@@ -152,16 +154,16 @@ def main() -> None:
     parser.add_argument("--not-show", action="store_false", dest="show", help="the same as --no-show")
     args = parser.parse_args()
     if not args.out and not args.show:
-        raise UserError("--out is missing: name a folder or a picture to write, or --show the images")
+        raise UserError("--out is missing: give a folder or a picture to write, or --show the images")
     if args.number < 1:
         raise UserError(f"--number {args.number}: must be 1 or more")
     if args.show and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise UserError("--show needs a display, and there is none; write pictures with --out")
+        raise UserError("--show needs a display, but there is none; write pictures with --out")
     sheet = args.out is not None and args.out.suffix in FORMATS
     if sheet:
         check_writable("--out", args.out)
     elif args.out and args.out.is_file():
-        raise UserError(f"--out {args.out}: is a file of another kind; name a folder, or one of {', '.join(FORMATS)}")
+        raise UserError(f"--out {args.out}: is a file of another kind; give a folder, or one of {', '.join(FORMATS)}")
     cfg = load_config(args.config)
     dataset = build_dataset(cfg, args.split)
     found = []

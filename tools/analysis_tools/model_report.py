@@ -1,8 +1,8 @@
-"""Parameters and multiply-adds of detectors, by part and by component of the decoder; both papers' tables.
+"""Count parameters and multiply-adds of detectors, by part and by component of the decoder; print the papers' tables.
 
-Nothing is downloaded and no weights are made: the configs are built and run without numbers. What counts as a
-multiply-add is said in mmdet_lors/analysis/complexity.py. For a config with LORS, the last columns are its cost served
-folded: a plain decoder of the same groups and points, without anything more.
+Nothing is downloaded and no weights are allocated: the configs are built and run on shapes only.
+mmdet_lors/analysis/complexity.py says what counts as a multiply-add. For a config with LORS, the last columns are its
+cost when served folded, as a plain decoder with the same groups and points.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def report_config(path: str, size: tuple[int, int]) -> tuple[Report, Report | None]:
-    """The report of a config, and of the same model served folded where it has LORS.
+    """The report of a config, and, if it has LORS, of the same model served folded.
 
     Raises:
-        UserError: a config that is missing or broken, or builds no AdaMixer.
+        UserError: a config that is missing or broken, or does not build an AdaMixer.
     """
     cfg = load_config(path)
     if "model" not in cfg:
@@ -72,14 +72,14 @@ def table(title: str, report: Report, served: Report | None) -> Table:
     add("total", lambda r: r.total, "bold")
     grid.caption = (
         f"{report.total.trainable:,} parameters are trainable; the reference counts {report.reference_parameters:,}, "
-        f"4 constants per query more. Operations: {report.num_queries} queries, one image of {report.size[0]} x "
+        f"4 more constants per query. Operations: {report.num_queries} queries, one image of {report.size[0]} x "
         f"{report.size[1]}."
     )
     return grid
 
 
 def main() -> None:
-    """Count, then print, for people or for machines."""
+    """Count, then print the tables or write JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=__doc__.split("\n\n", 1)[1],
@@ -93,12 +93,12 @@ def main() -> None:
         nargs="?",
         const="lors",
         choices=["lors", "pela"],
-        help="print a paper's tables beside ours, Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
+        help="print a paper's tables beside our numbers, as Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
     )
     args = parser.parse_args()
     size = parse_size(args.input)
     if not args.configs and not args.paper:
-        raise UserError("name at least one CONFIG, or --paper")
+        raise UserError("give at least one CONFIG, or --paper")
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: folder {args.json.parent} does not exist")
     if missing := [path for path in args.configs if not Path(path).is_file()]:
@@ -113,7 +113,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(to_json(found, indent=2) + "\n")
     if args.paper:
-        # Imported here: the tables need packages that nothing else does.
+        # Imported here: the tables need packages that nothing else needs.
         from paper_tables.render import Paper
 
         print(Paper(args.paper).markdown(), end="")

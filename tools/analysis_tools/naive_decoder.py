@@ -1,8 +1,8 @@
-"""The yardstick of the benchmark: AdaMixer's decoder with LORS as one writes it down first.
+"""The benchmark's baseline: AdaMixer's decoder with LORS in its most direct form.
 
 Every query builds its own B E A, concatenated with the shared weight and summed; every level is sampled and weighted
-on its own, in every stage; every stage and image is matched by its own call of mmdet's assigner. It serves to be slower
-than mmdet_lors.adamixer.AdaMixerDecoder, whose weights and results it shares, and nothing else.
+on its own, in every stage; every stage and image is matched by its own call of mmdet's assigner. It has the weights
+and results of mmdet_lors.adamixer.AdaMixerDecoder, and exists only to be compared with it in speed.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class NaiveDecoder(AdaMixerDecoder):
     """AdaMixer's decoder without any of this project's savings."""
 
     def forward(self, feats: Sequence[Tensor], xyzr: Tensor, content: Tensor) -> list[StageOutput]:
-        """As the decoder's own forward: one output per stage."""
+        """Like the decoder's own forward: one output per stage."""
         outputs = []
         for i, stage in enumerate(self.stages):
             content = stage.attention_norm(stage.attention(content, xyzr))
@@ -41,7 +41,7 @@ class NaiveDecoder(AdaMixerDecoder):
         return outputs
 
     def sample(self, feats: Sequence[Tensor], points: Tensor) -> Tensor:
-        """One grid_sample per level, its result times the level's weight."""
+        """Call grid_sample once per level, and multiply its result by the level's weight."""
         batch, _, groups, _, _ = points.shape
         weights = level_weights(points[..., 2], self.featmap_strides)
         sampled = 0
@@ -54,7 +54,7 @@ class NaiveDecoder(AdaMixerDecoder):
         return sampled.unflatten(0, (batch, groups)).permute(0, 3, 1, 4, 2)
 
     def generate(self, query: Tensor, layer: int) -> list[Tensor]:
-        """M and S: the shared weight and every B E A side by side, then summed."""
+        """M and S: the shared weight and every B E A, concatenated and summed."""
         if self.lorsa is None:
             return self.stages[layer].mixing.parameter_generator(query)
         private, weights = self.lorsa.private[layer], []
@@ -68,7 +68,7 @@ class NaiveDecoder(AdaMixerDecoder):
         return weights
 
     def project(self, x: Tensor, layer: int) -> Tensor:
-        """The output projection with its weight formed: shared + B A."""
+        """The output projection, with its weight shared + B A formed."""
         if self.lorst is None:
             return self.stages[layer].mixing.out_proj(x)
         private = self.lorst.private[layer]
@@ -76,7 +76,7 @@ class NaiveDecoder(AdaMixerDecoder):
 
     @torch.no_grad()
     def assign(self, outputs: Sequence[StageOutput], batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
-        """Stage by stage and image by image, by mmdet's assigner, each call with its own transfer to the host."""
+        """Match stage by stage and image by image with mmdet's assigner, each call with a transfer to the host."""
         labels, targets = [], []
         for output in outputs:
             for scores, bboxes, sample in zip(output.cls_score, output.bboxes, batch_data_samples, strict=True):

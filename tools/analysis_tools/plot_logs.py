@@ -1,9 +1,9 @@
-"""Training curves of one or several runs, from the logs that every run writes (vis_data/scalars.json).
+"""Plot training curves of one or several runs, from the logs that every run writes (vis_data/scalars.json).
 
-A panel per --keys pattern: all keys that fit it share the panel ('stage*_loss_iou': the stages' losses together). RUN
-is a work folder, of which the newest run is taken with what it was resumed from, or a scalars.json. Nothing is smoothed
-unless --smooth says so; the logged values stay visible behind a smoothed curve. Losses, times and gradient norms are
-logged as means over the last 50 iterations already (log_processor.window_size).
+Each --keys pattern has a panel, shared by all keys that match it ('stage*_loss_iou': the stages' losses together). RUN
+is a scalars.json, or a work folder, whose newest run is plotted with the runs that it was resumed from. Nothing is
+smoothed without --smooth; the logged values stay visible behind a smoothed curve. Losses, times and gradient norms are
+already logged as means over the last 50 iterations (log_processor.window_size).
 """
 
 import argparse
@@ -25,17 +25,17 @@ from mmdet_lors.errors import UserError
 
 DEFAULT_KEYS = ("loss", "lr", "coco/bbox_mAP", "accuracy/top1")
 PLACES = ("step", "iter", "epoch")
-"""Fields of a log line that say where it is, not what was measured."""
+"""Fields of a log line that say when it was logged, not what was measured."""
 STYLES = ("-", "--", ":", "-.")
 
 
 class Curve(NamedTuple):
-    """What one run logged under one key."""
+    """The values that one run logged under one key."""
 
     x: list[float]
     y: list[float]
     unit: str
-    """Of x: 'iteration' or 'epoch'."""
+    """Unit of x: 'iteration' or 'epoch'."""
     training: bool
     """Whether it was logged during training, not by a validation."""
 
@@ -44,7 +44,7 @@ def read_lines(path: Path) -> list[dict]:
     """The lines of a scalars.json.
 
     Raises:
-        UserError: no such file, or a line that is no JSON object; a last line that was cut short is left out.
+        UserError: the file cannot be read, or a line is not a JSON object; a last line that was cut short is skipped.
     """
     try:
         text = path.read_text()
@@ -58,7 +58,7 @@ def read_lines(path: Path) -> list[dict]:
             if number == len(lines) and number > 1:
                 break
             raise UserError(
-                f"log {path}, line {number}: no JSON; RUN must be a work folder or a scalars.json"
+                f"log {path}, line {number}: not JSON; RUN must be a work folder or a scalars.json"
             ) from error
         if not isinstance(entry, Mapping):
             raise UserError(f"log {path}, line {number}: not an object of keys and values")
@@ -71,7 +71,7 @@ def _train_steps(lines: Sequence[dict]) -> list[int]:
 
 
 def _continue(older: list[dict], newer: list[dict]) -> list[dict]:
-    """What the older run logged before the newer one began, and the newer one; that alone if it began anew."""
+    """The older run's lines up to the newer one's beginning, and the newer one's; only these if it was not resumed."""
     steps = _train_steps(newer)
     interval = steps[1] - steps[0] if len(steps) > 1 else 0
     if not steps or (interval and steps[0] <= interval):
@@ -79,7 +79,7 @@ def _continue(older: list[dict], newer: list[dict]) -> list[dict]:
     epoch = next(line.get("epoch") for line in newer if "iter" in line)
     kept = []
     for line in older:
-        # A validation's step is the epoch, or the iteration where training goes by iterations.
+        # A validation's step is the epoch, or, in training by iterations, the iteration.
         first = steps[0] if "iter" in line or epoch is None else epoch
         if line.get("step", 0) < first:
             kept.append(line)
@@ -87,10 +87,10 @@ def _continue(older: list[dict], newer: list[dict]) -> list[dict]:
 
 
 def read_run(path: Path) -> list[dict]:
-    """The log of a run: a file's, or the newest of a work folder with what it was resumed from.
+    """The log of a run: a file's, or a work folder's newest with the runs that it was resumed from.
 
     Raises:
-        UserError: nothing there, or no log.
+        UserError: the run does not exist or has no log.
     """
     if path.is_file():
         return read_lines(path)
@@ -107,7 +107,7 @@ def read_run(path: Path) -> list[dict]:
 
 
 def curves(lines: Sequence[dict]) -> dict[str, Curve]:
-    """Key -> curve. Training goes by iteration, validation by what it was logged with: epoch or iteration."""
+    """Key -> curve. Training is plotted by iteration, validation by the unit it was logged with, epoch or iteration."""
     found: dict[str, Curve] = {}
     epoch = None
     for line in lines:
@@ -118,7 +118,7 @@ def curves(lines: Sequence[dict]) -> dict[str, Curve]:
         for key, value in line.items():
             if key in PLACES or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            # time and data_time are logged by both; the training's are kept.
+            # Both log time and data_time; the training's are kept.
             curve = found.setdefault(key, Curve([], [], unit, training))
             if curve.training == training:
                 curve.x.append(line.get("step", len(curve.x)))
@@ -136,10 +136,10 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
 
 
 def choose(patterns: Sequence[str] | None, runs: Mapping[str, Mapping[str, Curve]]) -> dict[str, list[str]]:
-    """Panel -> keys. Without patterns: total loss, learning rate and the metric, as far as they are there.
+    """Panel -> keys. Without patterns: total loss, learning rate and the metric, as far as they were logged.
 
     Raises:
-        UserError: a pattern that fits no key of any run.
+        UserError: a pattern that matches no key of any run.
     """
     keys = list(dict.fromkeys(key for found in runs.values() for key in found))
     panels = {pattern: [key for key in keys if fnmatchcase(key, pattern)] for pattern in patterns or DEFAULT_KEYS}
@@ -151,7 +151,7 @@ def choose(patterns: Sequence[str] | None, runs: Mapping[str, Mapping[str, Curve
 
 
 def draw(runs: Mapping[str, Mapping[str, Curve]], panels: Mapping[str, Sequence[str]], weight: float = 0.0) -> Figure:
-    """A panel per pattern; colours are runs, or keys where a panel has several, and then line styles are runs."""
+    """Draw a panel per pattern; colours are runs, or, in a panel with several keys, keys, and line styles are runs."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.1 * rows), layout="constrained")
@@ -170,7 +170,7 @@ def draw(runs: Mapping[str, Mapping[str, Curve]], panels: Mapping[str, Sequence[
                 style = dict(c=colour, ls=STYLES[r % len(STYLES)] if many else "-", lw=1.3)
                 marker = dict(marker="o", ms=4) if len(curve.x) < 15 else {}
                 y = curve.y
-                # Validations are few, and no means over batches.
+                # Validations are few, and not means over batches.
                 if weight and curve.training:
                     ax.plot(curve.x, y, **{**style, "lw": 1, "alpha": 0.3})
                     y = smooth(y, weight)
@@ -188,7 +188,7 @@ def draw(runs: Mapping[str, Mapping[str, Curve]], panels: Mapping[str, Sequence[
 
 
 def table(runs: Mapping[str, Mapping[str, Curve]], panels: Mapping[str, Sequence[str]]) -> Table:
-    """One row per key and run: how many points, first, last, lowest and highest value."""
+    """One row per key and run: number of points; first, last, lowest and highest value."""
     grid = Table(title="training curves", title_justify="left")
     for name in ("key", "run", "points", "first", "last", "lowest", "highest"):
         grid.add_column(name, justify="left" if name in ("key", "run") else "right")
@@ -201,7 +201,7 @@ def table(runs: Mapping[str, Mapping[str, Curve]], panels: Mapping[str, Sequence
 
 
 def main() -> None:
-    """Read, print, draw."""
+    """Read the logs, print the table, draw the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=__doc__.split("\n\n", 1)[1],
@@ -212,17 +212,19 @@ def main() -> None:
         "--keys",
         nargs="+",
         metavar="KEY",
-        help=f"a panel each; * and ? fit several keys (default: {', '.join(DEFAULT_KEYS)})",
+        help=f"one panel each; * and ? match several keys (default: {', '.join(DEFAULT_KEYS)})",
     )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="of the runs (default: their folders')")
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="names of the runs (default: those of their folders)"
+    )
     parser.add_argument(
         "--smooth",
         type=float,
         default=0.0,
         metavar="W",
-        help="weight of the past in a moving average, 0 to below 1 (default: 0, none)",
+        help="weight of the past in a moving average, from 0 to below 1 (default: 0, no smoothing)",
     )
-    parser.add_argument("--list", action="store_true", help="print the keys that were logged, and draw nothing")
+    parser.add_argument("--list", action="store_true", help="only print the keys that were logged")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg")
     args = parser.parse_args()
     if args.out:
@@ -233,7 +235,7 @@ def main() -> None:
     if len(names) != len(args.runs):
         raise UserError(f"--names has {len(names)} entries for {len(args.runs)} runs")
     if len(set(names)) < len(names):
-        raise UserError(f"runs of equal names ({', '.join(names)}): tell them apart with --names")
+        raise UserError(f"runs of equal names ({', '.join(names)}): give different ones with --names")
     runs = {name: curves(read_run(path)) for name, path in zip(names, args.runs, strict=True)}
     for name, found in runs.items():
         if not found:

@@ -1,8 +1,8 @@
-"""What a config's schedule will do: learning rate and momentum at every iteration, before anything is trained.
+"""Preview a config's schedule: learning rate and momentum at every iteration, before anything is trained.
 
-mmengine's own schedulers run on an optimizer of one dummy parameter, stepped as mmengine's training loop steps them.
-An epoch's length is the data set's (with --gpus and the config's batch size), or --iterations-per-epoch, which needs no
-data. Below it: the multipliers that paramwise_cfg gives to the model's parameters, from a model without weights.
+mmengine's own schedulers run on an optimizer of one dummy parameter, stepped as in mmengine's training loop. The length
+of an epoch comes from the data set (with --gpus and the config's batch size), or from --iterations-per-epoch, which
+needs no data. A second table has the multipliers that paramwise_cfg gives to the model's parameters.
 """
 
 import argparse
@@ -30,19 +30,19 @@ from mmdet_lors.errors import UserError
 
 
 class Schedule(NamedTuple):
-    """What an optimizer is set to at every iteration, counted from 0."""
+    """The optimizer's settings at every iteration, counted from 0."""
 
     lr: list[float]
     momentum: list[float]
-    """Or Adam's beta_1."""
+    """Momentum, or Adam's beta_1."""
     iterations_per_epoch: int | None
-    """None where training goes by iterations."""
+    """None if training is by iterations."""
     turns: list[int]
     """Iterations at which a scheduler begins, ends or has a milestone."""
 
 
 class Group(NamedTuple):
-    """Parameters that are trained alike."""
+    """Parameters with the same multipliers."""
 
     lr_mult: float
     decay_mult: float
@@ -55,7 +55,7 @@ def iterations_per_epoch(cfg: Config, gpus: int) -> int:
     """Iterations of one epoch on each of ``gpus`` processes, as mmengine's samplers and loaders count them.
 
     Raises:
-        UserError: no training data in the config, or not on this machine.
+        UserError: the config has no training data, or it does not exist on this machine.
     """
     loader = cfg.get("train_dataloader")
     if not loader:
@@ -84,11 +84,11 @@ def preview(cfg: Config, epoch: int | None, lr_scale: float = 1.0) -> Schedule:
 
     Args:
         cfg: with ``optim_wrapper``, ``param_scheduler`` and ``train_cfg``.
-        epoch: iterations of one epoch; None will do where nothing goes by epochs.
+        epoch: iterations of one epoch; may be None if nothing is by epochs.
         lr_scale: factor on the optimizer's learning rate (``auto_scale_lr``).
 
     Raises:
-        UserError: a field that is missing, that does not fit, or needs ``epoch``.
+        UserError: a field that is missing, does not fit, or needs ``epoch``.
     """
     for field in ("optim_wrapper", "train_cfg"):
         if not cfg.get(field):
@@ -102,7 +102,7 @@ def preview(cfg: Config, epoch: int | None, lr_scale: float = 1.0) -> Schedule:
     schedulers = cfg.get("param_scheduler") or []
     schedulers = [schedulers] if isinstance(schedulers, dict) else list(schedulers)
     if epoch is None and (by_epoch or any(s.get("convert_to_iter_based") for s in schedulers)):
-        raise UserError("this schedule goes by epochs; give --iterations-per-epoch")
+        raise UserError("this schedule is by epochs; give --iterations-per-epoch")
     iterations = total * epoch if by_epoch else total
 
     optimizer = dict(cfg.optim_wrapper.optimizer)
@@ -114,7 +114,7 @@ def preview(cfg: Config, epoch: int | None, lr_scale: float = 1.0) -> Schedule:
         for settings in schedulers:
             settings = dict(settings)
             epochs = settings.get("by_epoch", True)
-            # mmengine's default. A loop by iterations is one epoch to it.
+            # mmengine's default, which treats a loop by iterations as one epoch.
             settings.setdefault("end", total if by_epoch == epochs else iterations if by_epoch else 1)
             turns.update(_turns(settings, epoch if by_epoch or settings.get("convert_to_iter_based") else iterations))
             built.append(PARAM_SCHEDULERS.build(settings, default_args=dict(optimizer=wrapper, epoch_length=epoch)))
@@ -126,7 +126,7 @@ def preview(cfg: Config, epoch: int | None, lr_scale: float = 1.0) -> Schedule:
     for iteration in range(1, iterations + 1):
         lr.append(wrapper.get_lr()["lr"][0])
         momentum.append((wrapper.get_momentum()["momentum"] or [0.0])[0])
-        wrapper.optimizer.step()  # The schedulers expect it; without a gradient it does nothing.
+        wrapper.optimizer.step()  # The schedulers expect this call; without a gradient it does nothing.
         epoch_ends = iteration % (epoch if by_epoch else iterations) == 0
         for scheduler in built:
             if not scheduler.by_epoch or epoch_ends:
@@ -135,10 +135,10 @@ def preview(cfg: Config, epoch: int | None, lr_scale: float = 1.0) -> Schedule:
 
 
 def parameter_groups(cfg: Config) -> list[Group]:
-    """How paramwise_cfg divides the model's parameters; those that are frozen have multipliers 0.
+    """The groups into which paramwise_cfg divides the model's parameters; frozen ones have multipliers 0.
 
     Raises:
-        UserError: a model or paramwise_cfg that cannot be built.
+        UserError: the model or paramwise_cfg cannot be built.
     """
     model = build_without_weights(cfg.model)
     settings = deepcopy(cfg.optim_wrapper.to_dict())
@@ -199,7 +199,7 @@ def group_table(groups: Sequence[Group]) -> Table:
 
 
 def draw(schedule: Schedule, title: str) -> Figure:
-    """Learning rate above momentum, over iterations, with epochs on the upper axis."""
+    """Draw learning rate above momentum, over iterations, with epochs on the upper axis."""
     figure = Figure(figsize=(8.5, 4.6), layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
     names = ("learning rate", "momentum\n(Adam: beta 1)")
@@ -224,14 +224,16 @@ def draw(schedule: Schedule, title: str) -> Figure:
 
 
 def main() -> None:
-    """Find the epoch's length, run the schedulers, print, draw."""
+    """Find the length of an epoch, run the schedulers, print the tables, draw the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="config file")
-    parser.add_argument("--iterations-per-epoch", type=int, metavar="N", help="instead of reading the data set")
+    parser.add_argument(
+        "--iterations-per-epoch", type=int, metavar="N", help="length of an epoch, instead of reading the data set"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="processes that share the data (default: %(default)s)")
     parser.add_argument("--auto-scale-lr", action="store_true", help="as in tools/train.py, for --gpus processes")
     parser.add_argument(
@@ -249,7 +251,7 @@ def main() -> None:
     if args.out:
         check_writable("--out", args.out)
     cfg = load_config(args.config)
-    MMLogger.get_current_instance().setLevel("WARNING")  # mmengine would list every parameter that is multiplied.
+    MMLogger.get_current_instance().setLevel("WARNING")  # mmengine would list every parameter that has a multiplier.
     scale = 1.0
     if args.auto_scale_lr:
         base = cfg.get("auto_scale_lr", {}).get("base_batch_size")

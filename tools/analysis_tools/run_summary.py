@@ -1,4 +1,4 @@
-"""Print what a finished run achieved: AP, training time, decoder parameters beside plain AdaMixer's, pictures."""
+"""Print the results of a finished run: AP, training time, decoder parameters beside plain AdaMixer's, pictures."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ def decoder_parameters(cfg: Config, lors: dict | None) -> int:
 
 
 def main() -> None:
-    """Read what the run left behind and print the table."""
+    """Read what the run wrote, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="config file of the run")
     parser.add_argument("work_dir", type=Path, help="folder with metrics.json from tools/test.py --metrics")

@@ -1,9 +1,9 @@
-"""Where queries look: the sampling points of every decoder stage over the image, coloured by pyramid level.
+"""Show where queries look: the sampling points of every decoder stage over the image, coloured by pyramid level.
 
 A panel is one query in one stage. A point's colour is its z, the continuous pyramid level: z = log2(stride) reads that
-level most, and its neighbours by the softmax of 3D sampling. Its marker is the sampling group. Dashed is the box that
-the stage places its points by, solid the box that it predicts from what it finds there. Points beyond a panel are drawn
-at its rim, hollow.
+level most, and its neighbours by the softmax of 3D sampling. Its marker is the sampling group. The dashed box is the
+one from which the stage places its points, the solid box the one that it predicts. Points beyond a panel are drawn
+hollow at its edge.
 """
 
 import argparse
@@ -41,16 +41,16 @@ MARKERS = "osD^vP*X"
 COLOURS = colormaps["plasma"]
 SAMPLED_FROM, PREDICTED = "white", "lime"
 MARGIN = 0.1
-"""What a panel shows around the image, as a share of its side."""
+"""Width of the margin around the image in a panel, as a share of the image's side."""
 
 
 class StageView(NamedTuple):
-    """What one stage did with each query of one image; all in the original image's pixels."""
+    """One stage's points and boxes for each query of one image, in pixels of the original image."""
 
     points: Tensor
     """(N, G, P, 3): x, y, and z, which stays log2 of pixels of the network's input."""
     sampled_from: Tensor
-    """(N, 4), the box (x1, y1, x2, y2) that the points were placed by."""
+    """(N, 4), the box (x1, y1, x2, y2) from which the points were placed."""
     predicted: Tensor
     """(N, 4), the box after the stage."""
     scores: Tensor
@@ -63,7 +63,7 @@ class StageView(NamedTuple):
 def look(model: QueryBased, image: str) -> list[StageView]:
     """Detect in one image and keep what every stage sampled.
 
-    A forward hook asks each stage's sampling module for its points with the inputs that it was called with.
+    A forward hook on each stage's sampling module computes its points from the inputs of the call.
 
     Args:
         model: a detector in evaluation mode with ``cfg`` set.
@@ -94,10 +94,10 @@ def look(model: QueryBased, image: str) -> list[StageView]:
 
 
 def choose_queries(words: Sequence[str], scores: Tensor) -> list[int]:
-    """'best K' -> the K queries of the highest scores (N, classes), best first; numbers stay as they are.
+    """'best K' -> the K queries with the highest scores (N, classes), best first; numbers stay as they are.
 
     Raises:
-        UserError: anything else, or a number that is no query's.
+        UserError: anything else, or a number that is not a query's.
     """
     count = len(scores)
     numbers = words[1:] if words[0] == "best" else words
@@ -128,9 +128,9 @@ def draw(
     Args:
         image: (H, W, 3), RGB.
         views: what :func:`look` returned.
-        queries, stages: which ones, by number.
-        strides: of the pyramid's levels, in pixels.
-        classes: names; numbers if None.
+        queries, stages: numbers of those to draw.
+        strides: strides of the pyramid's levels, in pixels.
+        classes: class names; None shows numbers.
         zoom: show the points and boxes of a panel instead of the whole image.
         levels: add a bar with the mean weight of each level below each panel.
     """
@@ -185,7 +185,7 @@ def draw(
 
 
 def _view(ax: Axes, view: StageView, query: int, size: tuple[int, int], zoom: bool) -> None:
-    """The part of the plane that a panel shows; says how many points lie beyond it."""
+    """Set the part of the plane that a panel shows; a label says how many points lie beyond it."""
     xy = view.points[query, ..., :2].reshape(-1, 2)
     low, high = torch.tensor([0.0, 0.0]), torch.tensor(size, dtype=torch.float32)
     if zoom:
@@ -214,7 +214,7 @@ def _view(ax: Axes, view: StageView, query: int, size: tuple[int, int], zoom: bo
 
 
 def _points(ax: Axes, points: Tensor, norm: Normalize) -> ScalarMappable:
-    """Filled inside the panel; hollow, and moved to the rim, beyond it."""
+    """Draw points: filled inside the panel; hollow and moved to the edge if beyond it."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     for group, of_group in enumerate(points):
         x, y, z = of_group.unbind(-1)
@@ -227,7 +227,7 @@ def _points(ax: Axes, points: Tensor, norm: Normalize) -> ScalarMappable:
 
 
 def _level_bar(ax: Axes, shares: Sequence[float], colours: Sequence[tuple]) -> None:
-    """Mean weight of each level over the query's points, finest level on the left."""
+    """Draw the mean weight of each level over the query's points, finest level on the left."""
     bar = ax.inset_axes((0, -0.1, 1, 0.08))
     bar.set_xlim(0, 1)
     bar.axis("off")
@@ -271,7 +271,7 @@ def table(views: Sequence[StageView], queries: Sequence[int], stages: Sequence[i
 
 
 def load(cfg: Config, checkpoint: str) -> tuple[QueryBased, Sequence[str] | None]:
-    """The trained detector, ready to detect, and its classes where the checkpoint names them."""
+    """The trained detector in evaluation mode, and its classes if the checkpoint names them."""
     cfg.model.decoder.compile = False  # A compiled stage would trace the hooks.
     model = MODELS.build(cfg.model)
     weights, meta = read_weights(checkpoint, model)
@@ -282,7 +282,7 @@ def load(cfg: Config, checkpoint: str) -> tuple[QueryBased, Sequence[str] | None
 
 
 def main() -> None:
-    """Check everything, detect, draw, print."""
+    """Check everything, detect, draw the picture, print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
         epilog=__doc__.split("\n\n", 1)[1],
@@ -308,7 +308,7 @@ def main() -> None:
         raise UserError(f"image {args.image} does not exist")
     image = mmcv.imread(args.image)
     if image is None:
-        raise UserError(f"image {args.image} cannot be read: it is no picture, or damaged")
+        raise UserError(f"image {args.image} cannot be read: it is not a picture, or damaged")
     cfg = read_config(args.config)
     num_stages, strides = cfg.model.decoder.num_stages, cfg.model.decoder.featmap_strides
     stages = list(range(num_stages)) if args.stages is None else args.stages

@@ -1,13 +1,13 @@
 """Write a trained AdaMixer, plain or with LORS, as one ONNX file, and check that file against PyTorch.
 
-LORS is folded away first, so that the file holds the plain AdaMixer that it is equal to. The file maps
+LORS is folded first, so that the file holds the equivalent plain AdaMixer. The file maps
 
   images  float32 (B, 3, H, W)   RGB, 0 to 255; the config's normalisation is inside
   boxes   float32 (B, k, 4)      x1, y1, x2, y2 in input pixels
   scores  float32 (B, k)         best first
   labels  int64   (B, k)         k = test_cfg.max_per_img; over queries x classes, no NMS
 
-Every image counts as filling the whole input: resize it to W x H. The batch is dynamic, the size is not.
+Every image is taken to fill the whole input: resize it to W x H. The batch is dynamic, the size is not.
 """
 
 import argparse
@@ -31,19 +31,19 @@ from mmdet_lors.errors import UserError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 STRIDE = 32
-"""Both sides of the input are multiples of it: the largest stride of a backbone."""
+"""Both sides of the input must be multiples of this, the largest stride of a backbone."""
 OPSET = 18
-"""The version that PyTorch's exporter writes by itself; later ones are converted from it."""
+"""The version that PyTorch's exporter writes; later ones are converted from it."""
 OUTPUTS = ["boxes", "scores", "labels"]
 TOLERANCE = 1e-3
-"""Of scores, and of boxes as a share of the input's longer side."""
+"""Largest difference of scores, and of boxes as a share of the input's longer side."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """'1280x800' -> (1280, 800).
 
     Raises:
-        UserError: anything else, or a side that is no multiple of 32.
+        UserError: anything else, or a side that is not a multiple of 32.
     """
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     size = (int(match[1]), int(match[2])) if match else (0, 0)
@@ -53,7 +53,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def build(cfg: Config, checkpoint: str) -> tuple[TensorDetector, TensorDetector]:
-    """The trained detector as it is, for comparison, and the one to export: folded, sampling by grid_sample.
+    """The trained detector itself, for comparison, and the one to export: folded, and sampling by grid_sample.
 
     Raises:
         UserError: a checkpoint that cannot be read or does not fit.
@@ -74,7 +74,7 @@ def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int 
     """Trace the model and write it; ``batch`` None leaves the batch dynamic.
 
     Raises:
-        UserError: something in the model has no ONNX counterpart, or not in this opset.
+        UserError: something in the model has no ONNX counterpart, or none in this opset.
     """
     width, height = size
     images = torch.zeros(batch or 2, 3, height, width)
@@ -104,8 +104,8 @@ def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int 
 def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) -> tuple[float, float]:
     """Run a file in onnxruntime on random images and compare it with PyTorch.
 
-    The scores must agree in order. A box may trade places with one of nearly the same score, hence it is compared
-    with all boxes that PyTorch has for its label and score, which are those of every query.
+    The scores must agree in order. A box may trade places with one of nearly the same score, so each is compared with
+    all of PyTorch's boxes that have its label and score, over all queries.
 
     Returns:
         The largest difference of scores, and of boxes in pixels.
@@ -142,7 +142,7 @@ def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) 
 
 
 def _box_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Largest distance from a box of one image to the nearest one of its label and score; inf where there is none."""
+    """Largest distance from a box of one image to the nearest one of its label and score; inf if there is none."""
     boxes, scores, labels = found
     all_boxes, all_scores, all_labels = expected
     distance = torch.cdist(boxes, all_boxes, p=torch.inf)
@@ -163,7 +163,9 @@ def main() -> None:
     parser.add_argument(
         "--size", default="1280x800", metavar="WxH", help="input size, multiples of 32 (default: %(default)s)"
     )
-    parser.add_argument("--fixed-batch", type=int, metavar="B", help="fix the batch, for runtimes that want it so")
+    parser.add_argument(
+        "--fixed-batch", type=int, metavar="B", help="fix the batch size, for runtimes that need it fixed"
+    )
     parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
     args = parser.parse_args()
     size = parse_size(args.size)

@@ -1,7 +1,7 @@
-"""Fold a trained AdaMixer with LORS into the plain AdaMixer that it is equal to.
+"""Fold a trained AdaMixer with LORS into the equivalent plain AdaMixer.
 
-Writes a checkpoint, OUT, and its config beside it, OUT with the ending .py. Both work everywhere a plain AdaMixer does:
-tools/test.py OUT.py OUT.pth. The result is as large as a plain AdaMixer and costs nothing of what LORS adds.
+Writes a checkpoint, OUT, and beside it its config, OUT with the ending .py. Both work wherever a plain AdaMixer does:
+tools/test.py OUT.py OUT.pth. The result is as large as a plain AdaMixer, without any extra cost of LORS.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Warm start: turn the weights of a trained plain AdaMixer into weights of an AdaMixer with LORS.
 
 What LORS shares and factorises is fitted (mmdet_lors/lors/warm_start.py), everything else is copied. Both configs need
-the same stages: the same number, sampling groups and points. Train on from the result with
+the same stages: the same number of them, sampling groups and points. Train from the result with
 tools/train.py LORS_CONFIG --cfg-options load_from=OUT.
 """
 
@@ -31,10 +31,10 @@ Errors = dict[tuple[int, str], FitError]
 
 
 def check_configs(plain: Config, lors: Config) -> None:
-    """Refuse two configs between which weights cannot be carried over.
+    """Refuse two configs between which weights cannot be converted.
 
     Raises:
-        UserError: LORS in the first or none in the second, or stages that differ; names the field.
+        UserError: the first has LORS or the second has none, or their stages differ; names the field.
     """
     if plain.model.decoder.get("lors") is not None:
         raise UserError(f"{plain.filename}: model.decoder.lors is set; CONFIG must be a plain AdaMixer")
@@ -64,16 +64,16 @@ def convert(weights: Mapping[str, Tensor], model: QueryBased, turns: int) -> Err
         turns: see :func:`mmdet_lors.lors.warm_start.fit_adaptive`.
 
     Returns:
-        Relative error by stage and weight; a weight that the stages own is copied and not listed.
+        Relative error by stage and weight; the stages' own weights are copied and not listed.
 
     Raises:
-        UserError: a weight to copy that is missing or of another shape.
+        UserError: a weight to be copied is missing or has another shape.
     """
     copied = {k: v for k, v in model.state_dict().items() if not k.startswith(LORS_KEYS)}
     for key, value in copied.items():
         if key not in weights or weights[key].shape != value.shape:
             found = tuple(weights[key].shape) if key in weights else "missing"
-            raise UserError(f"{key} is {found} in the plain AdaMixer, LORS_CONFIG needs {tuple(value.shape)}")
+            raise UserError(f"{key} is {found} in the plain AdaMixer, but LORS_CONFIG needs {tuple(value.shape)}")
     model.load_state_dict({k: weights[k] for k in copied}, strict=False)
 
     decoder, errors = model.decoder, {}
@@ -113,7 +113,10 @@ def main() -> None:
     parser.add_argument("lors_config", help="config of the AdaMixer with LORS")
     parser.add_argument("out", type=Path, help="checkpoint to write")
     parser.add_argument(
-        "--turns", type=int, default=20, help="refits of shared and private parts in turn (default: %(default)s)"
+        "--turns",
+        type=int,
+        default=20,
+        help="how often shared and private parts are refitted in turn (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.turns < 1:

@@ -1,7 +1,7 @@
-"""Write the student of PELA's intermediate pre-training alone: the compressed model, to fine-tune or to serve.
+"""Extract the student of PELA's intermediate pre-training: the compressed model, for fine-tuning or serving.
 
-SRC is a checkpoint of PELADistiller. DST has the names of the compressed classifier (model.type PELAModel); ViTPyramid
-finds its ViT in there. mmdet's SwinTransformer with convert_weights=True reads what --mmdet-swin writes.
+SRC is a checkpoint of PELADistiller. DST has the weight names of the compressed classifier (model.type PELAModel);
+ViTPyramid finds its ViT in it. mmdet's SwinTransformer with convert_weights=True reads what --mmdet-swin writes.
 """
 
 import argparse
@@ -22,30 +22,30 @@ def extract(checkpoint: Mapping, path: str) -> dict[str, Tensor]:
     """The student's weights, under their own names.
 
     Raises:
-        UserError: a checkpoint that holds no student.
+        UserError: the checkpoint does not hold a student.
     """
     weights = checkpoint.get("state_dict", checkpoint)
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
     student = {key.removeprefix(STUDENT): value for key, value in weights.items() if key.startswith(STUDENT)}
     if not student:
-        raise UserError(f"checkpoint {path} holds no student: it is not of a PELADistiller")
+        raise UserError(f"checkpoint {path} holds no student: it is not a checkpoint of a PELADistiller")
     return student
 
 
 def original_swin_names(student: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """A timm Swin's weights under the names of Swin's authors, which mmdet converts to its own, without the classifier.
+    """A timm Swin's weights, except the classifier, under its authors' names, which mmdet converts to its own.
 
-    timm counts a downsampling to the stage behind it, the authors to the stage before it.
+    timm makes a downsampling part of the stage after it, the authors of the stage before it.
 
     Raises:
-        UserError: the student is no Swin, or its downsampling is factorised: mmdet reorders its input channels.
+        UserError: the student is not a Swin, or its downsampling, whose input channels mmdet reorders, is factorised.
     """
     prefix = next((key.removesuffix(PATCHES) for key in student if key.endswith(PATCHES)), None)
     weights = {
         key.removeprefix(prefix): v for key, v in student.items() if prefix is not None and key.startswith(prefix)
     }
     if not any(re.match(r"layers\.\d+\.blocks\.", key) for key in weights):
-        raise UserError(f"--mmdet-swin: the student in {path} is no Swin of timm")
+        raise UserError(f"--mmdet-swin: the student in {path} is not a Swin of timm")
     if any(key.endswith("downsample.reduction.U") for key in weights):
         raise UserError("--mmdet-swin: the student's downsample layers are compressed; 'downsample' must be in omit")
     return {
@@ -56,7 +56,7 @@ def original_swin_names(student: Mapping[str, Tensor], path: str) -> dict[str, T
 
 
 def main() -> None:
-    """Read, pick, write."""
+    """Read the checkpoint, extract the student, write it."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=__doc__.split("\n\n", 1)[1],
@@ -64,7 +64,9 @@ def main() -> None:
     )
     parser.add_argument("src", help="checkpoint of the distillation")
     parser.add_argument("dst", type=Path, help="checkpoint to write")
-    parser.add_argument("--mmdet-swin", action="store_true", help="name a Swin's weights for mmdet's SwinTransformer")
+    parser.add_argument(
+        "--mmdet-swin", action="store_true", help="name a Swin's weights as mmdet's SwinTransformer expects"
+    )
     args = parser.parse_args()
     if not args.dst.parent.is_dir() or args.dst.is_dir():
         raise UserError(f"DST {args.dst}: must be a file in a folder that exists")

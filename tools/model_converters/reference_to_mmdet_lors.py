@@ -1,4 +1,4 @@
-"""Turn a checkpoint of the reference AdaMixer or LORS (mmdet 2.x) into one of ours."""
+"""Convert a checkpoint of the reference AdaMixer or LORS (mmdet 2.x) into one of ours."""
 
 import argparse
 from collections.abc import Mapping
@@ -24,17 +24,17 @@ WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Turn a checkpoint of the reference AdaMixer or LORS (mmdet 2.x) into one of ours. Which of the "
-        "two it is, and its sizes, are found from its weights."
+        description="Convert a checkpoint of the reference AdaMixer or LORS (mmdet 2.x) into one of ours. Its weights "
+        "tell which of the two it is, and its sizes."
     )
     parser.add_argument("src", metavar="SRC", type=Path, help="the reference's checkpoint, or its bare state dict")
-    parser.add_argument("dst", metavar="DST", type=Path, help="where ours goes; replaced if it exists")
+    parser.add_argument("dst", metavar="DST", type=Path, help="checkpoint to write; replaced if it exists")
     parser.add_argument("--config", help="refuse a checkpoint whose weights are not exactly those of this config")
     parser.add_argument(
         "--num-classes",
         type=int,
         metavar="N",
-        help=f"classes that the checkpoint must have (default: the config's, or COCO's {COCO_CLASSES})",
+        help=f"number of classes that the checkpoint must have (default: the config's, or COCO's {COCO_CLASSES})",
     )
     return parser.parse_args()
 
@@ -43,15 +43,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of a checkpoint, and the names of everything else in it.
 
     Raises:
-        UserError: a file that cannot be read safely, has no weights, or whose weights are not all finite.
+        UserError: the file cannot be read safely, has no weights, or has weights that are not finite.
     """
     try:
         checkpoint = read_checkpoint(path, mmap=True)
     except UserError as error:
         if isinstance(error.__cause__, UnpicklingError) and "Unsupported" in str(error.__cause__):
             raise UserError(
-                f"checkpoint {path} holds Python objects that are not safe to load; where you trust it, keep its "
-                "weights alone: torch.save(torch.load(SRC, weights_only=False)['state_dict'], NEW)"
+                f"checkpoint {path} holds Python objects that are not safe to load; if you trust it, keep only its "
+                "weights: torch.save(torch.load(SRC, weights_only=False)['state_dict'], NEW)"
             ) from error
         raise
     weights, dropped = checkpoint, []
@@ -69,10 +69,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def understand(weights: Mapping[str, Tensor], src: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
-    """What kind of model these weights are, as :func:`settings` says it, and the weights as ours.
+    """The settings of the model that has these weights, see :func:`settings`, and the weights converted to ours.
 
     Raises:
-        UserError: neither a reference AdaMixer nor a reference LORS.
+        UserError: the weights are neither of a reference AdaMixer nor of a reference LORS.
     """
     try:
         found = settings(weights)
@@ -84,12 +84,12 @@ def understand(weights: Mapping[str, Tensor], src: Path) -> tuple[dict[str, dict
 
 
 def first_line(error: Exception) -> str:
-    """An error of torch's, which may go over several lines, in one."""
+    """The first line of a torch error, which may have several."""
     return str(error).splitlines()[0]
 
 
 def model_of(found: Mapping[str, dict]) -> nn.Module:
-    """What these settings build, without backbone, weights or memory."""
+    """The model of these settings on the meta device, without its backbone."""
     decoder = dict(
         type="AdaMixerDecoder",
         featmap_strides=[1],
@@ -109,9 +109,9 @@ def model_of(found: Mapping[str, dict]) -> nn.Module:
 def check(
     converted: dict[str, Tensor], found: Mapping[str, dict], src: Path, config: str | None, num_classes: int | None
 ) -> None:
-    """Refuse weights that are not exactly a whole model's.
+    """Refuse weights that are not exactly those of a whole model.
 
-    Without a config, the backbone is not checked: nothing but its config says which it is.
+    Without a config, the backbone is not checked: only its config says which it is.
 
     Raises:
         UserError: another number of classes, or weights that are missing, left over or of another shape.
@@ -120,11 +120,11 @@ def check(
     if num_classes is None and not config:
         num_classes = COCO_CLASSES
     if num_classes not in (None, classes):
-        raise UserError(f"checkpoint {src} has {classes} classes, not {num_classes}: give --num-classes {classes}?")
+        raise UserError(f"checkpoint {src} has {classes} classes, not {num_classes}: use --num-classes {classes}?")
     if config:
         cfg = load_config(config)
         if "decoder" not in cfg.get("model", {}):
-            raise UserError(f"config {config} has no model.decoder: it is no AdaMixer")
+            raise UserError(f"config {config} has no model.decoder: it is not an AdaMixer")
         model = build_on_meta(cfg.model)
         if model.decoder.num_classes != classes:
             raise UserError(f"checkpoint {src} has {classes} classes, {config} has {model.decoder.num_classes}")
@@ -138,13 +138,13 @@ def check(
 
 
 def compact(value: Tensor) -> Tensor:
-    """The same values in a storage of their own: torch.save writes whole storages."""
+    """Copy the values into a storage of their own if they share one: torch.save writes whole storages."""
     value = value.detach().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def per_stage(values: list[int]) -> str:
-    """One number for all stages where they agree, else one each."""
+    """One number for all stages if they agree, else one for each."""
     return str(values[0]) if len(set(values)) == 1 else str(values)
 
 
@@ -165,7 +165,7 @@ def summary(found: Mapping[str, dict]) -> str:
 
 
 def main() -> None:
-    """Read, convert, check against what the sizes build, write."""
+    """Read the checkpoint, convert it, check it against the model that its sizes give, and write it."""
     args = parse_args()
     if not args.dst.parent.is_dir():
         raise UserError(f"folder {args.dst.parent} does not exist")

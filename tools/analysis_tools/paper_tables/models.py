@@ -1,4 +1,4 @@
-"""What the models of the papers' tables cost: each function builds one without weights; its figures, by heading."""
+"""The cost of the models in the papers' tables: each function builds one without weights and returns its figures."""
 
 from copy import deepcopy
 from functools import cache
@@ -24,19 +24,19 @@ Figures = dict[str, float]
 
 
 def read(config: str, changes: dict | None = None, whole: bool = False) -> dict:
-    """The model of a config below configs/, or of a package's where its name has '::', with these fields changed.
+    """The model of a config below configs/, or of a package if its name has '::', with these fields changed.
 
     Args:
         config: its name; without '.py' if below configs/.
         changes: fields of the model.
-        whole: with the backbone that the config compresses.
+        whole: with the uncompressed backbone in place of the compressed one.
     """
     model = (get_config(config) if "::" in config else Config.fromfile(CONFIGS / f"{config}.py")).model
     return merged(dict(model, backbone=model["backbone"]["backbone"]) if whole else model, changes or {})
 
 
 def detector(config: str, size=(1280, 800), changes: dict | None = None, folded: bool = False) -> Figures:
-    """An AdaMixer, at (W, H) pixels; ``folded``: as it is served."""
+    """An AdaMixer's figures at (W, H) pixels; ``folded``: as it is served."""
     model = read(config, changes)
     report = measure(folded_config(model) if folded else model, size)
     found = {
@@ -53,12 +53,12 @@ def detector(config: str, size=(1280, 800), changes: dict | None = None, folded:
 
 
 def parameters(config: str, changes: dict | None = None) -> Figures:
-    """An AdaMixer that is not run, which is faster."""
+    """An AdaMixer's figures without running it, which is faster."""
     return detector(config, None, changes)
 
 
 def layer(kind: str, rank: int) -> Figures:
-    """A layer of six, biases left out: LORST's W_out 32768 -> 256; LORSA's W_S 128 x 64 with K = 2."""
+    """One of six layers, without biases: LORST's W_out 32768 -> 256; LORSA's W_S 128 x 64 with K = 2."""
     if kind == "LORST":
         module, plain = LORST(32768, 256, num_layers=6, rank=rank, bias=False), 32768 * 256
     else:
@@ -69,14 +69,14 @@ def layer(kind: str, rank: int) -> Figures:
 
 @cache
 def encoder(config: str) -> Figures:
-    """The layers of a vision transformer, and how many per cent that is of the plain one's."""
+    """Parameters of a vision transformer's layers, and as a percentage of the plain one's."""
     counted = encoder_parameters(read(config))
     percent = 100 * counted / encoder(DEIT)["encoder parameters"] if config != DEIT else 100.0
     return {"encoder parameters": counted, "per cent": percent, "saved": 100 - percent}
 
 
 class _ProductCounter(OperationCounter):
-    """Tells products with weights from attention's products of activations."""
+    """Also counts attention's products of activations, to separate them from products with weights."""
 
     attention = 0
 
@@ -90,7 +90,7 @@ class _ProductCounter(OperationCounter):
 def count(model: nn.Module, forward, unit: str = "GFLOPs") -> Figures:
     """Parameters of a model on the meta device, and two FLOPs for each product in ``forward``, which runs it."""
     model.eval()
-    # With gradients on, PyTorch's fused inference path for attention, which hides its operations, stays off.
+    # Enabling gradients turns off PyTorch's fused inference path for attention, which hides its operations.
     with _ProductCounter(model).named() as counter, torch.enable_grad():
         forward()
     flops, scale = 2 * sum(counter.products.values()), {"GFLOPs": 1e9, "TFLOPs": 1e12}[unit]
@@ -103,7 +103,7 @@ def _image(width: int, height: int) -> Tensor:
 
 
 def classifier(name: str, size: int = 224, **settings) -> Figures:
-    """A model of timm."""
+    """A timm model."""
     import timm
 
     with torch.device("meta"):
@@ -152,7 +152,7 @@ def albef(task: str, ratio: float | None = None) -> Figures:
     """ALBEF (arXiv:2107.07651) for "retrieval" or "answers": weights in training, one pass of an image and 30 words.
 
     A ViT-B/16 for the image; BERT-base for the text, whose last 6 layers also attend to the image; for answers 6 more
-    such layers, which write them. All but the head of matching is there twice, the second time as a moving average.
+    such layers, which write them. All but the matching head exists twice, the second time as a moving average.
     """
     from transformers import BertConfig, BertLMHeadModel, ViTConfig, ViTModel
 
@@ -189,7 +189,7 @@ def albef(task: str, ratio: float | None = None) -> Figures:
 
 
 def answerer(name: str, **settings) -> Figures:
-    """Parameters of a model of transformers that answers questions."""
+    """Parameters of a question-answering model of transformers."""
     import transformers
 
     with torch.device("meta"):

@@ -1,11 +1,11 @@
-"""A paper's tables as Markdown, our counts beside the paper's. The papers are data: lors.yml and pela.yml, beside this.
+"""Renders a paper's tables as Markdown, our counts beside the paper's. The tables are data: lors.yml and pela.yml.
 
 A file has ``models``, ``reasons`` and ``page``: texts and tables in their order.
 
-- A model is {function of models.py: its first argument, other: arguments}; ``shown``: what a reader finds it as.
+- A model is {function of models.py: its first argument, other: arguments}; ``shown``: how the page names it.
 - In a text {model[heading]} is a figure of ours, {n[reason]} the number of a reason.
-- ``header`` says what the columns have. "X (ours)", or "(ours)" right of "X (paper)": our figure X, printed as
-  ``formats`` says. What else is not in BUILT, VERDICT or MEASURED is the next of a row's ``cells``.
+- ``header`` names the columns. "X (ours)", or "(ours)" right of "X (paper)": our figure X, printed as ``formats``
+  says. Any other column that is not in BUILT, VERDICT or MEASURED has the next of a row's ``cells``.
 - A row has a ``model`` if this project builds it, and may have a ``note``. It has a ``reason``, a key of ``reasons`` or
   a text, if and only if a figure of the paper with a column of ours beside it differs from ours, or is not compared:
   there is none of ours, or the table's ``compared`` leaves it out. ``only``: which figures of the model are the row's.
@@ -29,13 +29,13 @@ MEASURED = "(measured by this project)"
 
 
 def agrees(paper: str, ours: float) -> bool:
-    """Whether ours is the paper's number, rounded or truncated: the paper does both, 34.56 -> 34, 36.93 -> 37."""
+    """Whether ours is the paper's number, rounded or truncated: the paper does both (34.56 -> 34, 36.93 -> 37)."""
     scale = 10 ** len(paper.partition(".")[2])
     return round(float(paper) * scale) in (round(ours * scale), math.floor(ours * scale))
 
 
 class Counts(dict):
-    """Key of a model -> its figures, counted when they are first asked for."""
+    """Key of a model -> its figures, counted at first use."""
 
     def __init__(self, specs: dict) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Counts(dict):
         return self[key]
 
     def shown(self, key: str) -> str:
-        """What a reader finds a model as."""
+        """How the page names a model."""
         spec = self.specs[key]
         config = str(next(iter(spec.values())))
         return spec.get("shown", "{link}").format(link=f"[{Path(config).name}](../configs/{config}.py)")
@@ -60,7 +60,7 @@ class Paper:
     """The tables of one paper.
 
     Args:
-        name: of its file, without '.yml'.
+        name: its file's name without '.yml'.
     """
 
     def __init__(self, name: str) -> None:
@@ -73,7 +73,7 @@ class Paper:
         self.tables = [part for part in self.page if isinstance(part, dict) and "rows" in part]
 
     def missing_packages(self) -> list[str]:
-        """Those that the tables need and that are not installed."""
+        """Packages that the tables need and that are not installed."""
         return [package for module, package in self.packages.items() if importlib.util.find_spec(module) is None]
 
     def ours(self, row: dict) -> dict[str, float]:
@@ -88,18 +88,18 @@ class Paper:
         return {heading: found[heading] for heading in row.get("only", found)}
 
     def printed(self, table: dict, row: dict) -> dict[str, str]:
-        """Heading -> what the paper prints."""
+        """Heading -> the paper's figure, as printed."""
         given = [h for h in table["header"] if h not in (*BUILT, *VERDICT) and not h.endswith(("(ours)", MEASURED))]
         return dict(zip(given, map(str, row["cells"]), strict=True))
 
     def pairs(self, table: dict) -> list[str]:
-        """The figures that a table has of the paper and of ours."""
+        """The figures for which a table has both the paper's value and ours."""
         names = [heading.removesuffix(" (paper)") for heading in table["header"]]
         beside = zip(names, table["header"][1:], strict=False)
         return [name for name, right in beside if right in ("(ours)", f"{name} (ours)")]
 
     def differences(self, table: dict, row: dict) -> dict[str, tuple[str, float]]:
-        """What is compared -> the paper's figure, and ours."""
+        """Name of what is compared -> the paper's figure, and ours."""
         printed, ours = self.printed(table, row), self.ours(row)
         compared = table.get("compared") or {name.removesuffix(", M"): name for name in self.pairs(table)}
         against = table.get("against", {}) | row.get("against", {})
@@ -111,10 +111,10 @@ class Paper:
         return found
 
     def verdict(self, table: dict, row: dict) -> str:
-        """What the last column says.
+        """The text of the last column.
 
         Raises:
-            ValueError: a row that differs without a reason, or has a reason without differing.
+            ValueError: a row differs without a reason, or has a reason without differing.
         """
         found, reason = self.differences(table, row), row.get("reason")
         if self.tolerance:
@@ -148,7 +148,7 @@ class Paper:
         return cells
 
     def lines(self, part: dict) -> list[list[str]]:
-        """A table of our figures alone, one a line, for several models: a figure that a model lacks is left empty."""
+        """A table of our figures only, one per line, for several models; a figure that a model lacks is left empty."""
         rows = []
         for label, figure in part["lines"].items():
             bold = "**" if label.startswith("**") else ""
