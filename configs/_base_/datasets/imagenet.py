@@ -1,4 +1,4 @@
-# ImageNet, or any data with one folder per class in data_root/train and data_root/val: 224 pixels, random crop and flip.
+# ImageNet, or any data with one folder per class in data_root/train and data_root/val: 224 pixels, random crop, flip.
 data_root = "data/imagenet/"
 
 train_dataloader = dict(

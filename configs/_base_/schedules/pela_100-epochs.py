@@ -1,5 +1,5 @@
-# As DeiT's, but with a third of its epochs and a tenth of its learning rate, because it starts from a trained model. The
-# paper does not say how long it trains; this is our choice.
+# As DeiT's, but with a third of its epochs and a tenth of its learning rate, because it starts from a trained model.
+# The paper does not say how long it trains; this is our choice.
 _base_ = "deit_300-epochs.py"
 
 train_cfg = dict(max_epochs=100)

@@ -1,4 +1,4 @@
-# The paper's cells are illegible; our choice: private weights only in self-attention.
+# Cells of the paper are missing in our copy; our choice: private weights only in self-attention.
 _base_ = "../deit-tiny-lors_cifar100.py"
 
 model = dict(

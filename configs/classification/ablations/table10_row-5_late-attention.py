@@ -1,4 +1,4 @@
-# The paper's cells are illegible; our choice: one group, but more for late self-attention.
+# Cells of the paper are missing in our copy; our choice: one group, but more for late self-attention.
 _base_ = "../deit-tiny-lors_cifar100.py"
 
 model = dict(
