@@ -1,4 +1,4 @@
-# The embedded data set: scikit-learn's digits, 8 -> 32 pixels; training images are randomly cropped. Nothing to prepare.
+# The embedded data set: scikit-learn's digits, 8 -> 32 pixels; training images are randomly cropped. No preparation.
 train_dataloader = dict(
     batch_size=64,
     num_workers=1,
