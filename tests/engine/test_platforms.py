@@ -236,7 +236,9 @@ def test_a_device_is_taken_where_torch_has_it(monkeypatch):
     for name in ("mps", "mps:0", "cpu"):
         machine.use_device(name)
         assert get_device() == name.split(":")[0]
-    with pytest.raises(UserError, match="device gpu.* choose cpu or mps|device 'gpu' is not known: .* choose cpu or mps"):
+    with pytest.raises(
+        UserError, match="device gpu.* choose cpu or mps|device 'gpu' is not known: .* choose cpu or mps"
+    ):
         machine.usable("gpu")
     give(monkeypatch, xpu=2)
     machine.use_device("xpu:1")
