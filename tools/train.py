@@ -11,7 +11,8 @@ from mmengine.runner import Runner
 from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
+from mmdet_lors.engine.checkpoint.reading import check_fit
+from mmdet_lors.engine.checkpoint.safe_loading import hand_over
 from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from this checkpoint, or from the newest one in the work folder when none is given",
+        help="resume from this checkpoint, or from the newest one in the work folder when none is given",
     )
     return parser.parse_args()
 
@@ -61,8 +62,8 @@ def use_amp(cfg: Config, dtype: str) -> None:
         cfg.optim_wrapper.update(type="CPUAmpOptimWrapper")
 
 
-def train(args: argparse.Namespace) -> None:
-    """Check the inputs, then hand over to mmengine's runner."""
+def prepare(args: argparse.Namespace) -> Config:
+    """The config of the run, once it, its inputs and the checkpoint that it starts from have been checked."""
     cfg = load_config(args.config, args.cfg_options, args.launcher, args.work_dir)
     if args.amp:
         use_amp(cfg, args.amp)
@@ -79,8 +80,16 @@ def train(args: argparse.Namespace) -> None:
         check_inputs(cfg, ("train", "val"))
         model = build_without_weights(cfg.model)
     start = choose_start(cfg, args.resume)
-    if is_first_process() and start and "://" not in start:
-        check_fit(model, read_checkpoint(start), start, partly=not cfg.resume)
+    if start.checkpoint:
+        if is_first_process():
+            check_fit(model, start.checkpoint, start.path, partly=not start.resume)
+        hand_over(start.path, start.checkpoint)
+    return cfg
+
+
+def train(args: argparse.Namespace) -> None:
+    """Check the inputs, then hand over to mmengine's runner."""
+    cfg = prepare(args)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.train()
 
@@ -96,7 +105,7 @@ def main() -> None:
     except Stopped as stop:
         if is_first_process():
             saved = f"saved {stop.checkpoint}" if stop.checkpoint else "training had not begun"
-            print(f"stopped by SIGTERM, {saved}; go on with: {how_to_go_on(args, sys.argv)}", flush=True)
+            print(f"stopped by SIGTERM, {saved}; resume with: {how_to_go_on(args, sys.argv)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.engine.checkpoint.reading import read_checkpoint
 from mmdet_lors.engine.checkpoint.safe_loading import weights_only
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
 TIMM = "timm://"
 
@@ -35,9 +35,8 @@ def read_weights(checkpoint: str) -> Mapping[str, Tensor]:
                 return timm.create_model(name, pretrained=True).state_dict()
         except Exception as error:
             # timm's network stack raises errors of no common class.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"init_cfg.checkpoint {checkpoint} cannot be loaded: {reason}; a file on disk works as well"
+                f"init_cfg.checkpoint {checkpoint} cannot be loaded: {first_line(error)}; a file on disk works as well"
             ) from error
     if checkpoint.endswith(".safetensors") and Path(checkpoint).is_file():
         try:

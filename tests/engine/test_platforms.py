@@ -33,7 +33,7 @@ from mmdet_lors.conversion.folding import folded_state_dict
 from mmdet_lors.engine import machine
 from mmdet_lors.engine.amp import CPUAmpOptimWrapper
 from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint
-from mmdet_lors.engine.checkpoint.seal import write_whole
+from mmdet_lors.engine.checkpoint.whole_files import write_whole
 from mmdet_lors.engine.processes.network import interface_towards
 from mmdet_lors.engine.random_state import random_state, set_random_state
 from mmdet_lors.engine.resume.data_order import outlive_sigterm

@@ -44,7 +44,7 @@ def test_in_the_middle_of_an_epoch(processes, whole, tiny_digits, tmp_path):
     assert [run.output().count("stopped by SIGTERM") for run in (first, second)] == [1, 0]
     command = [f"python tools/train.py {tmp_path}/faulty.py", f"bash tools/dist_train.sh {tmp_path}/faulty.py 2"]
     assert (
-        f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; go on with: {command[processes - 1]} "
+        f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; resume with: {command[processes - 1]} "
         f"--work-dir {tmp_path}/work --resume"
     ) in first.output().splitlines()
     assert f"resuming from {tmp_path / 'work' / 'stopped.pth'}" in second.output()
@@ -90,4 +90,4 @@ def test_a_process_that_is_restarted_after_sigterm_ends(monkeypatch):
 def test_before_training_begins(tiny_digits, tmp_path):
     fault = FAULT.format(dict(when="before_run", iteration=0, signal_name="SIGTERM"))
     run = Run(write_config("classification", tmp_path, tiny_digits, fault), tmp_path / "work").done()
-    assert "stopped by SIGTERM, training had not begun; go on with: python tools/train.py" in run.output()
+    assert "stopped by SIGTERM, training had not begun; resume with: python tools/train.py" in run.output()

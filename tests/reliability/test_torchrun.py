@@ -60,7 +60,7 @@ def test_restart_and_sigterm(tiny_digits, tmp_path):
     assert "error: process 0 lost the connection to another process" in job.stderr
     assert job.stdout.count(f"resuming from {tmp_path / 'work' / 'epoch_10.pth'}") == 1
     assert (
-        f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; go on with: bash tools/dist_train.sh"
+        f"stopped by SIGTERM, saved {tmp_path / 'work' / 'stopped.pth'}; resume with: bash tools/dist_train.sh"
         in job.stdout
     )
     config = write_config("classification", tmp_path, tiny_digits, SETTINGS)

@@ -99,7 +99,7 @@ def nan_weights() -> dict:
         ),
         ((PLAIN_DIGITS, "lors.pth", LORS_DIGITS), r"of another architecture: keys 12 missing .* unexpected"),
         ((PLAIN_DIGITS, "nan.pth", LORS_DIGITS), r"mixing.out_proj.weight holds values that are not finite"),
-        ((PLAIN_DIGITS, "short.pth", LORS_DIGITS), r"it is cut short or no checkpoint"),
+        ((PLAIN_DIGITS, "short.pth", LORS_DIGITS), r"it is cut short, damaged or not a checkpoint"),
         (("configs/_base_/schedules/adamixer_1x.py", "plain.pth", LORS_DIGITS), r"has no model.decoder"),
     ],
 )  # fmt: skip

@@ -5,15 +5,16 @@ import pickle
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
-from .seal import breaks_its_seal, write_sealed
+from .whole_files import with_checksums, write_saved
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -44,52 +45,91 @@ def allow_mmengine_objects() -> None:
     )
 
 
-def read_checkpoint(path: str | Path, mmap: bool = False) -> dict:
-    """Load a checkpoint on the CPU with torch's safe loader.
+ARCHIVE_ERRORS = "PytorchStreamReader", "inline_container", "hasRecord"
+"""What torch's errors about the archive itself have in them; others are about its content, or memory."""
+
+
+class Damaged(UserError):
+    """A checkpoint that is not as it was written."""
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False, map_location: Any = "cpu") -> dict:
+    """Load a checkpoint with torch's safe loader.
 
     Args:
         path: the file.
         mmap: map the file instead of reading it, so that what is not used (an optimizer's state) is never touched; its
-            checksum is not looked at.
+            checksums are not looked at.
+        map_location: as torch's.
 
     Raises:
-        UserError: no such file, one that is cut short, does not match its checksum or is no checkpoint, or one that
-            holds objects which the safe loader refuses.
+        Damaged: a file that is cut short, does not match its checksums or is not a checkpoint.
+        UserError: no such file, or one that holds objects which the safe loader refuses.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    if not mmap and breaks_its_seal(path):
-        raise UserError(f"checkpoint {path} was damaged after it was written: its bytes do not match its checksum")
     allow_mmengine_objects()  # Again: a loader that allows them for a while takes them off the list afterwards.
+    is_archive = whole = False
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with path.open("rb") as file:
+            is_archive = zipfile.is_zipfile(file)
+            if is_archive and not mmap:
+                _check_archive(file)
+            whole = is_archive
+            file.seek(0)
+            mmap &= is_archive
+            checkpoint = torch.load(path if mmap else file, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"checkpoint {path} is no checkpoint or holds objects that are not safe to load: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is cut short or no checkpoint"
+        raise (UserError if whole else Damaged)(not_safe(path, error)) from error
+    except Exception as error:  # Whatever damaged bytes lead to: there is no common class.
+        if whole and not any(sign in str(error) for sign in ARCHIVE_ERRORS):
+            raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
+        reason = first_line(error) if is_archive else "no end of a zip archive"
+        raise Damaged(
+            f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is cut short, damaged or not a "
+            f"checkpoint ({reason}); copy it again, or use another one"
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
-    return dict(checkpoint)
+    return checkpoint
+
+
+def not_safe(path: str | Path, error: pickle.UnpicklingError) -> str:
+    """The message about a file that torch's safe loader refuses, without its advice to load it all the same."""
+    cause = (str(error).partition("\n\nCheck the documentation")[0].splitlines() or ["unreadable"])[-1]
+    cause = cause.strip().removeprefix("WeightsUnpickler error: ").partition(". ")[0]
+    return f"checkpoint {path} is not a checkpoint or holds objects that are not safe to load: {cause}"
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """What torch itself passes over: the CRC-32 of each record, and marks of folders, which it leaves empty.
+
+    Where all are 0, torch was told to write none.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        broken = next((record.filename for record in records if record.external_attr & 0x10), None)
+        if any(record.CRC for record in records):
+            broken = broken or archive.testzip()
+    if broken:
+        raise zipfile.BadZipFile(f"{broken} does not match its checksum")
 
 
 def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
-    """Write with a checksum, to a file beside ``path`` that is then renamed: ``path`` is whole or untouched.
+    """Write with checksums, to a file beside ``path`` that is then renamed: ``path`` is whole or untouched.
 
     Raises:
         UserError: the file cannot be written.
     """
     with io.BytesIO() as buffer:
         try:
-            torch.save(checkpoint, buffer)
+            with with_checksums():
+                torch.save(checkpoint, buffer)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
-        write_sealed(path, buffer.getvalue())
+            raise UserError(f"{path} cannot be written: {first_line(error)}") from error
+        with buffer.getbuffer() as data:
+            write_saved(path, data)
 
 
 def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path, partly: bool = False) -> None:

@@ -11,6 +11,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from mmdet_lors.errors import UserError
 
+from .reading import not_safe, read_checkpoint
+
 FORCE_SAFE, FORCE_UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -35,7 +37,7 @@ def safely(load: Callable[..., Any]) -> Callable[..., Any]:
     mode off, and ``Runner.resume`` executes the field ``meta.config``, which mmcv 1.x wrote and nothing else reads.
 
     Raises:
-        UserError: the checkpoint is no checkpoint, or holds objects that the safe loader refuses.
+        UserError: the file is not a checkpoint, or holds objects that the safe loader refuses.
     """
 
     @wraps(load)
@@ -44,10 +46,7 @@ def safely(load: Callable[..., Any]) -> Callable[..., Any]:
             with weights_only():
                 checkpoint = load(filename, map_location=map_location, **kwargs)
         except pickle.UnpicklingError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"checkpoint {filename} is no checkpoint or holds objects that are not safe to load: {reason}"
-            ) from error
+            raise UserError(not_safe(filename, error)) from error
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("meta"), dict):
             checkpoint["meta"].pop("config", None)
         return checkpoint
@@ -56,8 +55,22 @@ def safely(load: Callable[..., Any]) -> Callable[..., Any]:
     return load_safely
 
 
+_handed_over: dict[str, dict] = {}
+
+
+def hand_over(path: str, checkpoint: dict) -> None:
+    """Let mmengine's next loading of this file return what was read from it already, and keep nothing of it then."""
+    _handed_over.clear()
+    _handed_over[path] = checkpoint
+
+
+def load_from_local(filename: str, map_location: Any = None) -> dict:
+    """mmengine's loader of files, with our reader."""
+    return _handed_over.pop(filename, None) or read_checkpoint(filename, map_location=map_location)
+
+
 def make_mmengine_load_safely() -> None:
     """Replace every loader that mmengine has registered; a second call changes nothing."""
     for prefix, load in list(CheckpointLoader._schemes.items()):
         if not getattr(load, "is_safe", False):
-            CheckpointLoader.register_scheme(prefix, safely(load), force=True)
+            CheckpointLoader.register_scheme(prefix, safely(load if prefix else load_from_local), force=True)

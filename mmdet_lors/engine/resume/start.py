@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, the same in all its processes, and how to go on with a run that stopped."""
+"""Which checkpoint a run starts from, the same in all its processes, and how to resume a run that stopped."""
 
 import argparse
 import errno
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, init_dist, is_distributed
@@ -16,8 +17,8 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mmdet_lors.engine.checkpoint.hook import STOPPED
-from mmdet_lors.engine.checkpoint.reading import read_checkpoint
-from mmdet_lors.engine.checkpoint.seal import damage, saved_at
+from mmdet_lors.engine.checkpoint.reading import Damaged, read_checkpoint
+from mmdet_lors.engine.checkpoint.whole_files import saved_at
 from mmdet_lors.engine.launch import is_first_process
 from mmdet_lors.engine.processes.restarts import restarted_store, restarts
 from mmdet_lors.errors import UserError
@@ -41,13 +42,24 @@ def make_resumable(cfg: Config) -> None:
             loader.setdefault("worker_init_fn", dict(type="outlive_sigterm"))
 
 
-def newest_good_checkpoint(cfg: Config) -> str | None:
-    """The newest checkpoint of the config's work folder that is whole, or None where there is none.
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    path: str | None
+    """File or address."""
+    checkpoint: dict | None
+    """What was read from the file; an address is left to the runner."""
+    resume: bool
+    """Whether all of it is taken up, or the weights alone."""
+
+
+def newest_whole_checkpoint(cfg: Config) -> tuple[str, dict] | None:
+    """The newest checkpoint of the config's work folder that is whole, and its content; None where there is none.
 
     Damaged ones are skipped, with a line that says why; the best checkpoints have no optimizer and do not count.
 
     Raises:
-        UserError: there are checkpoints, but all are damaged.
+        UserError: there are checkpoints, but all are damaged; or the newest whole one is not safe to load.
     """
     hook = cfg.default_hooks.get("checkpoint") or {}
     folder = Path(cfg.work_dir)
@@ -55,65 +67,61 @@ def newest_good_checkpoint(cfg: Config) -> str | None:
         folder = Path(hook["out_dir"], folder.name)
     template = hook.get("filename_tmpl") or "*_{}.pth"
     found = {*folder.glob(template.format("*")), *folder.glob(STOPPED)}
-    found = {path for path in found if not path.name.startswith("best_")}
-    skipped = []
+    found = {path for path in found if path.is_file() and not path.name.startswith("best_")}
     for path in sorted(found, key=saved_at, reverse=True):
-        if (reason := damage(path)) is None:
-            return str(path)
-        skipped.append(f"{path}: {reason}")
-        print(f"checkpoint {path} is skipped: {reason}", file=sys.stderr, flush=True)
-    if skipped:
-        raise UserError(f"--resume finds no checkpoint that is whole in {folder}; {'; '.join(skipped)}")
+        try:
+            return str(path), read_checkpoint(path)
+        except Damaged as error:
+            print(f"skipped: {error}", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(
+            f"--resume finds no checkpoint that is whole in {folder}: all {len(found)} are damaged, as said above; "
+            "remove them to start from the beginning"
+        )
     return None
 
 
-def choose_start(cfg: Config, given: str | None) -> str | None:
-    """Set what the run starts from in the config, in all processes to what the first one found.
+def choose_start(cfg: Config, given: str | None) -> Start:
+    """Read what the run starts from, once in each process, the same in all; set it in the config.
 
     Args:
         cfg: its ``resume``, ``load_from`` and ``randomness`` are set.
         given: path of a checkpoint to resume from, "auto" for the newest, or None for what the config says. A run that
             torchrun has started again always resumes from the newest, if there is one.
 
-    Returns:
-        The file or address to load, or None.
-
     Raises:
-        UserError: as :func:`newest_good_checkpoint` and :func:`~mmdet_lors.engine.checkpoint.reading.read_checkpoint`.
+        UserError: as :func:`newest_whole_checkpoint` and
+            :func:`~mmdet_lors.engine.checkpoint.reading.read_checkpoint`.
     """
     if given:
         cfg.resume, cfg.load_from = True, None if given == "auto" else given
-    if not cfg.get("resume") and not restarts():
-        return cfg.get("load_from")
-    if cfg.launcher != "none" and not is_distributed():
-        set_multi_processing(**cfg.env_cfg.get("mp_cfg", {}), distributed=True)
-        init_dist(cfg.launcher, **{**cfg.env_cfg.get("dist_cfg", {}), **restarted_store()})
-    answer = [_find_start(cfg) if is_first_process() else None]
-    broadcast_object_list(answer)
-    cfg.resume, cfg.load_from, seed = answer[0]
+    start = Start(cfg.get("load_from"), None, bool(cfg.get("resume")))
+    if start.resume or restarts():
+        if cfg.launcher != "none" and not is_distributed():
+            set_multi_processing(**cfg.env_cfg.get("mp_cfg", {}), distributed=True)
+            init_dist(cfg.launcher, **{**cfg.env_cfg.get("dist_cfg", {}), **restarted_store()})
+        if is_first_process() and (restarts() or not start.path):
+            newest = newest_whole_checkpoint(cfg)
+            start = Start(*newest, True) if newest else start._replace(resume=start.resume and bool(start.path))
+        answer = [(start.path, start.resume)]
+        broadcast_object_list(answer)
+        start = start._replace(path=answer[0][0], resume=answer[0][1])
+        if is_first_process() and not start.path:
+            print(f"no checkpoint in {cfg.work_dir} yet: the run starts from the beginning", flush=True)
+    if is_first_process() and start.resume:
+        print(f"resuming from {start.path}", flush=True)
+    if start.path and start.checkpoint is None and "://" not in start.path:
+        start = start._replace(checkpoint=read_checkpoint(start.path))
+    cfg.load_from, cfg.resume = start.path, start.resume
+    seed = start.checkpoint.get("meta", {}).get("seed") if start.resume and start.checkpoint else None
     if seed is not None:
         # Before anything is built: the sampler's order and what is augmented depend on it.
         cfg.randomness = dict(cfg.get("randomness") or {}, seed=seed)
-    return cfg.load_from
-
-
-def _find_start(cfg: Config) -> tuple[bool, str | None, int | None]:
-    """(resume, load_from, seed), found by the first process."""
-    resume, path = cfg.get("resume", False), cfg.get("load_from")
-    if not path or restarts():
-        newest = newest_good_checkpoint(cfg)
-        resume, path = (True, newest) if newest else (resume and bool(path), path)
-    if not resume:
-        if not path:
-            print(f"no checkpoint in {cfg.work_dir} yet: the run starts from the beginning", flush=True)
-        return False, path, None
-    print(f"resuming from {path}", flush=True)
-    seed = None if "://" in path else read_checkpoint(path).get("meta", {}).get("seed")
-    return True, path, seed
+    return start
 
 
 def how_to_go_on(args: argparse.Namespace, argv: list[str]) -> str:
-    """The command that goes on with this run.
+    """The command that resumes this run.
 
     Args:
         args: the parsed command line, of which ``config`` and ``launcher`` are read.
