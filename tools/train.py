@@ -80,7 +80,7 @@ def prepare(args: argparse.Namespace) -> Config:
         check_inputs(cfg, ("train", "val"))
         model = build_without_weights(cfg.model)
     start = choose_start(cfg, args.resume)
-    if start.checkpoint:
+    if start.checkpoint is not None:
         if is_first_process():
             check_fit(model, start.checkpoint, start.path, partly=not start.resume)
         hand_over(start.path, start.checkpoint)

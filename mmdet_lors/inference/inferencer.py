@@ -21,7 +21,7 @@ from torch import nn
 from mmdet_lors.datasets.exif import STORED
 from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.engine.build import build_without_weights, one_at_a_time
-from mmdet_lors.engine.checkpoint.trained import read_weights
+from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import usable
 from mmdet_lors.engine.new_style import classic

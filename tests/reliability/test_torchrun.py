@@ -26,7 +26,7 @@ def test_when_one_process_is_killed_the_others_end_with_one_line(tiny_digits, tm
     print(f"the other process ended after {time.monotonic() - killed:.1f} s")
     last = run.output().splitlines()[-1]
     assert last.startswith("error: process 0 lost the connection to another process, which ended or was killed: ")
-    assert last.endswith("; --resume goes on from the newest checkpoint")
+    assert last.endswith("; --resume resumes from the newest checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_sampling_draws_a_grid(picture, tmp_path, call_tool, capsys):
         (("{}", LORS_DIGITS, "none.pth", "--queries", "20"), "--queries 20: the model has queries 0 to 19"),
         (("{}", LORS_DIGITS, "none.pth", "--queries", "best", "0"), "--queries best 0: K must be 1 to 20"),
         (("{}", LORS_DIGITS, "none.pth", "--queries", "worst"), "--queries worst: must be 'best K' or numbers"),
-        (("{}", VIT, "none.pth"), "has no model.decoder: it is no AdaMixer"),
+        (("{}", VIT, "none.pth"), "has no model.decoder: it is not an AdaMixer"),
         (("{}", LORS_DIGITS, "none.pth", "--out", "x.gif"), "--out x.gif: must end with .png or"),
         (("{}", LORS_DIGITS, "none.pth", "--out", "none/x.png"), "must be a file in a folder that exists"),
     ],

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.analysis.output import check_writable, console, save_figure
 from mmdet_lors.engine.build import build_without_weights
-from mmdet_lors.engine.checkpoint.trained import read_weights
+from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mmdet_lors.conversion.export import TensorDetector
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
-from mmdet_lors.engine.checkpoint.trained import read_config, read_weights
+from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 

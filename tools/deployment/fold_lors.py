@@ -11,8 +11,8 @@ import torch
 from mmdet.registry import MODELS
 
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
+from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
-from mmdet_lors.engine.checkpoint.trained import read_config, read_weights
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 

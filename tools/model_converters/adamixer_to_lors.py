@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
 from mmdet_lors.analysis.complexity import build_on_meta
+from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
-from mmdet_lors.engine.checkpoint.trained import read_config, read_weights
 from mmdet_lors.engine.launch import run
 from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError

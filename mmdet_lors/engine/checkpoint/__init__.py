@@ -1,4 +1,4 @@
-"""Checkpoints: written whole and sealed, read without running code, fitted to models."""
+"""Checkpoints: written whole, checked, read without running code, fitted to models."""
 
 from . import hook  # noqa: F401
 from .reading import allow_mmengine_objects

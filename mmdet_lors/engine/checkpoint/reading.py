@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.errors import UserError, first_line
 
-from .whole_files import with_checksums, write_saved
+from .whole_files import with_checksums, write_whole
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -85,7 +85,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False, map_location: Any = "c
     except Exception as error:  # Whatever damaged bytes lead to: there is no common class.
         if whole and not any(sign in str(error) for sign in ARCHIVE_ERRORS):
             raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
-        reason = first_line(error) if is_archive else "no end of a zip archive"
+        reason = first_line(error) if is_archive or isinstance(error, OSError) else "no end of a zip archive"
         raise Damaged(
             f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is cut short, damaged or not a "
             f"checkpoint ({reason}); copy it again, or use another one"
@@ -129,7 +129,7 @@ def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} cannot be written: {first_line(error)}") from error
         with buffer.getbuffer() as data:
-            write_saved(path, data)
+            write_whole(path, data, with_time=True)
 
 
 def check_fit(model: nn.Module, checkpoint: Mapping, path: str | Path, partly: bool = False) -> None:

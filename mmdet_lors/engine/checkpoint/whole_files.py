@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from mmengine.fileio import LocalBackend, register_backend
@@ -20,15 +19,26 @@ SAVED_AT = "archive/saved_at"
 """Record of a checkpoint, which is a zip archive, beside those of torch."""
 
 
-@contextmanager
-def _whole_file(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A file beside ``path``, flushed to the disk and renamed at the end: ``path`` is new and whole, or untouched."""
+def write_whole(path: Path, data: bytes | memoryview, with_time: bool = False) -> None:
+    """Write to a file beside ``path``, flush it to the disk, then rename it: ``path`` is new and whole, or untouched.
+
+    Args:
+        path: the file.
+        data: its content.
+        with_time: it is what ``torch.save`` wrote, and gets a record with the time, which copies of the file keep.
+
+    Raises:
+        UserError: the file cannot be written, such as on a full disk.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with unfinished.open("w+b") as file:
-                yield file
+                file.write(data)
+                if with_time:
+                    with zipfile.ZipFile(file, "a") as archive:
+                        archive.writestr(zipfile.ZipInfo(SAVED_AT), f"{time.time():.6f}")
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
@@ -37,31 +47,9 @@ def _whole_file(path: Path, size: int) -> Iterator[BinaryIO]:
         _flush_folder(path.parent)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or first_line(error)} ({_megabytes(size)} needed, "
+            f"{path} cannot be written: {error.strerror or first_line(error)} ({len(data) / 1e6:.1f} MB needed, "
             f"{_free_space(path.parent)} free); what was there is as it was"
         ) from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave it as it is.
-
-    Raises:
-        UserError: the file cannot be written, such as on a full disk.
-    """
-    with _whole_file(path, len(data)) as file:
-        file.write(data)
-
-
-def write_saved(path: Path, data: bytes | memoryview) -> None:
-    """:func:`write_whole` of what ``torch.save`` wrote, with the time, which copies of the file keep.
-
-    Raises:
-        UserError: as :func:`write_whole`.
-    """
-    with _whole_file(path, len(data)) as file:
-        file.write(data)
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.writestr(zipfile.ZipInfo(SAVED_AT), f"{time.time():.6f}")
 
 
 @contextmanager
@@ -99,13 +87,9 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
 def _free_space(folder: Path) -> str:
     try:
-        return _megabytes(shutil.disk_usage(folder).free)
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
     except OSError:
         return "an unknown amount"
 
@@ -118,7 +102,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @register_backend("whole_file")
 class WholeFileBackend(LocalBackend):
-    """mmengine's access to local files, with :func:`write_saved` for ``put``."""
+    """mmengine's access to local files, with :func:`write_whole` for ``put``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +114,7 @@ class WholeFileBackend(LocalBackend):
         Raises:
             UserError: as :func:`write_whole`.
         """
-        write_saved(Path(filepath), obj)
+        write_whole(Path(filepath), obj, with_time=True)
 
     def remove(self, filepath: str | Path) -> None:
         """Remove a file, or note it to be removed at the end of :meth:`removing_last`."""

@@ -43,14 +43,11 @@ def make_resumable(cfg: Config) -> None:
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """What a run starts from: a file or address, what was read from the file, and whether more than weights is used."""
 
     path: str | None
-    """File or address."""
     checkpoint: dict | None
-    """What was read from the file; an address is left to the runner."""
     resume: bool
-    """Whether all of it is taken up, or the weights alone."""
 
 
 def newest_whole_checkpoint(cfg: Config) -> tuple[str, dict] | None:
@@ -95,29 +92,29 @@ def choose_start(cfg: Config, given: str | None) -> Start:
     """
     if given:
         cfg.resume, cfg.load_from = True, None if given == "auto" else given
-    start = Start(cfg.get("load_from"), None, bool(cfg.get("resume")))
-    if start.resume or restarts():
+    path, checkpoint, resume = cfg.get("load_from"), None, bool(cfg.get("resume"))
+    if resume or restarts():
         if cfg.launcher != "none" and not is_distributed():
             set_multi_processing(**cfg.env_cfg.get("mp_cfg", {}), distributed=True)
             init_dist(cfg.launcher, **{**cfg.env_cfg.get("dist_cfg", {}), **restarted_store()})
-        if is_first_process() and (restarts() or not start.path):
-            newest = newest_whole_checkpoint(cfg)
-            start = Start(*newest, True) if newest else start._replace(resume=start.resume and bool(start.path))
-        answer = [(start.path, start.resume)]
+        if is_first_process() and (restarts() or not path):
+            if newest := newest_whole_checkpoint(cfg):
+                (path, checkpoint), resume = newest, True
+            resume = resume and bool(path)
+        answer = [(path, resume)]
         broadcast_object_list(answer)
-        start = start._replace(path=answer[0][0], resume=answer[0][1])
-        if is_first_process() and not start.path:
+        path, resume = answer[0]
+        if is_first_process() and not path:
             print(f"no checkpoint in {cfg.work_dir} yet: the run starts from the beginning", flush=True)
-    if is_first_process() and start.resume:
-        print(f"resuming from {start.path}", flush=True)
-    if start.path and start.checkpoint is None and "://" not in start.path:
-        start = start._replace(checkpoint=read_checkpoint(start.path))
-    cfg.load_from, cfg.resume = start.path, start.resume
-    seed = start.checkpoint.get("meta", {}).get("seed") if start.resume and start.checkpoint else None
-    if seed is not None:
+    if is_first_process() and resume:
+        print(f"resuming from {path}", flush=True)
+    if path and checkpoint is None and "://" not in path:
+        checkpoint = read_checkpoint(path)
+    cfg.load_from, cfg.resume = path, resume
+    if resume and checkpoint and (seed := checkpoint.get("meta", {}).get("seed")) is not None:
         # Before anything is built: the sampler's order and what is augmented depend on it.
         cfg.randomness = dict(cfg.get("randomness") or {}, seed=seed)
-    return start
+    return Start(path, checkpoint, resume)
 
 
 def how_to_go_on(args: argparse.Namespace, argv: list[str]) -> str:
@@ -165,5 +162,5 @@ def faults_in_one_line() -> Iterator[None]:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         raise UserError(
             f"process {rank} lost the connection to another process, which ended or was killed: "
-            f"{text.splitlines()[0]}; --resume goes on from the newest checkpoint"
+            f"{text.splitlines()[0]}; --resume resumes from the newest checkpoint"
         ) from error

@@ -19,7 +19,7 @@ def read_config(path: str) -> Config:
     """
     cfg = load_config(path)
     if cfg.get("model", {}).get("decoder") is None:
-        raise UserError(f"config {path} has no model.decoder: it is no AdaMixer")
+        raise UserError(f"config {path} has no model.decoder: it is not an AdaMixer")
     return cfg
 
 
