@@ -1,12 +1,13 @@
 """AdaMixer with LORS for MMDetection 3.x. Importing it registers its parts with mmdet, if that is installed."""
 
-from .compatibility import check_versions, has_mmdet
+from .compatibility import check_versions, has_mmdet, hide_others_deprecations
 
 __version__ = "0.1.0"
 
 if has_mmdet():
+    hide_others_deprecations()
     check_versions()  # Before anything imports mmdet.
 
     from . import adamixer, datasets, pela, registry, valid_json, visualization, with_lors  # noqa: F401
-    from .engine import amp, checkpoint, hooks, non_finite, zero  # noqa: F401
+    from .engine import amp, checkpoint, hooks, log_line, non_finite, zero  # noqa: F401
     from .engine.resume import loops  # noqa: F401

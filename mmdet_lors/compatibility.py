@@ -1,5 +1,6 @@
 """The versions that mmdet_lors works with, checked when it is imported."""
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -10,6 +11,19 @@ RANGES = {
     "mmdet": ("3.3.0", "4.0", 'pip install "mmdet>=3.3,<4"'),
 }
 """Name -> lowest version, first version that is too new, remedy. mmdet itself decides which mmcv fits."""
+
+OTHERS_DEPRECATIONS = (
+    ("pkg_resources is deprecated", UserWarning, r"mmengine\.|importlib"),  # as mmengine looks for an installed package
+    ("torch.meshgrid: in an upcoming release", UserWarning, r"torch\.functional"),  # mmdet's DETRs
+    (r"`torch\.cuda\.amp\.", FutureWarning, r"mm(engine|cv|det|seg)\."),  # float16 on a GPU
+)
+"""Warnings, by message, category and module, of packages about each other, which their users can do nothing about."""
+
+
+def hide_others_deprecations() -> None:
+    """Do not print what :data:`OTHERS_DEPRECATIONS` lists, unless Python's -W, or another filter, asks for it."""
+    for message, category, module in OTHERS_DEPRECATIONS:
+        warnings.filterwarnings("ignore", message, category, module, append=True)
 
 
 def has_mmdet() -> bool:

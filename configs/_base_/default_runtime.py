@@ -6,5 +6,6 @@ default_hooks = dict(
     evaluated_data=dict(type="EvaluatedDataHook"),
     visualization=dict(type="PicturesHook"),
 )
+log_processor = dict(type="ShortLogProcessor")
 visualizer = dict(type="DetectionVisualizer")
 custom_hooks = [dict(type="ServeFoldedHook"), dict(type="StopOnNonFiniteHook")]

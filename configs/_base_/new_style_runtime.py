@@ -1,11 +1,11 @@
 # The runtime of configs in mmengine's new style: default_runtime.py with classes instead of names.
 from mmengine.hooks import DistSamplerSeedHook, IterTimerHook, LoggerHook, ParamSchedulerHook
-from mmengine.runner import LogProcessor
 from mmengine.visualization import LocalVisBackend
 
 from mmdet_lors.datasets.evaluation import EvaluatedDataHook
 from mmdet_lors.engine.checkpoint.hook import ReliableCheckpointHook
 from mmdet_lors.engine.hooks import ServeFoldedHook
+from mmdet_lors.engine.log_line import ShortLogProcessor
 from mmdet_lors.engine.non_finite import StopOnNonFiniteHook
 from mmdet_lors.visualization import DetectionVisualizer, PicturesHook
 
@@ -26,7 +26,7 @@ env_cfg = dict(
     dist_cfg=dict(backend="nccl"),
 )
 visualizer = dict(type=DetectionVisualizer, vis_backends=[dict(type=LocalVisBackend)], name="visualizer")
-log_processor = dict(type=LogProcessor, window_size=50, by_epoch=True)
+log_processor = dict(type=ShortLogProcessor, window_size=50, by_epoch=True)
 log_level = "INFO"
 load_from = None
 resume = False

@@ -2,6 +2,7 @@
 
 import copyreg
 import multiprocessing
+import sys
 
 import mmengine.device.utils
 import torch
@@ -9,6 +10,11 @@ from mmengine.config import Config
 from mmengine.runner.runner import _SlicedDataset
 
 from mmdet_lors.errors import UserError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has none
+    resource = None
 
 AUTOMATIC = mmengine.device.utils.DEVICE
 """The type of device that mmengine uses if none is chosen: a GPU if it finds one."""
@@ -61,6 +67,13 @@ def use_device(device: str | None, launcher: str = "none") -> None:
             torch.accelerator.set_device_index(wanted.index)
     # The value that get_device() returns, which all of mmengine calls; there is no setting for it.
     mmengine.device.utils.DEVICE = kind
+
+
+def peak_resident() -> int | None:
+    """The most bytes of memory that this process has held at a time; None on Windows, which does not say."""
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def use_start_method(cfg: Config) -> None:

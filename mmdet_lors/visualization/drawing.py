@@ -82,6 +82,10 @@ class DetectionVisualizer(DetLocalVisualizer):
             kwargs["font_families"] = [self._families] * len(listed)
         return super().draw_texts([text.replace("$", r"\$") for text in listed], *args, **kwargs)
 
+    def _is_posion_valid(self, position: np.ndarray) -> bool:
+        """Boxes end at the border, and are drawn up to it: mmengine would print a warning of them."""
+        return True
+
     _families: list[str] | None = None
     _drawable: Sequence[str] | None = None
 

@@ -35,6 +35,7 @@ from torch import nn
 
 from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.machine import peak_resident
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors.serving import serve
 from mmdet_lors.valid_json import to_json
@@ -198,12 +199,7 @@ def run_alone(request: str) -> None:
     fixed = json.loads(request)
     case = Case(**dict(fixed, size=tuple(fixed["size"])))
     taken = median([case() for _ in range(3)][1:])
-    if fixed["device"] == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # Windows has none
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if fixed["device"] == "cuda" else peak_resident()
     print(json.dumps(dict(seconds=taken, peak=peak / 1e9)))
 
 

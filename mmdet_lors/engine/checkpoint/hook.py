@@ -1,5 +1,6 @@
 """Checkpoints from which a run resumes bit for bit, that a fault leaves whole, and that SIGTERM asks for."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,11 @@ class _Validation(NamedTuple):
     """Training goes on with it, whatever validation draws."""
     common_batches: int
     """Batches that every process has."""
+
+
+def _not_of_file_client(record: logging.LogRecord) -> bool:
+    """False for the announcements that mmengine's checkpoints cause in every run, by classes that it will remove."""
+    return not str(record.msg).startswith(('"FileClient" will be', '"HardDiskBackend" is the alias'))
 
 
 @HOOKS.register_module()
@@ -61,6 +67,8 @@ class ReliableCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         """Clean up after a killed run, listen for SIGTERM, and take up the checkpoint that was loaded, if any."""
+        if self.file_client_args is None:
+            runner.logger.addFilter(_not_of_file_client)
         super().before_train(runner)
         if is_main_process() and self._writes_whole_files:
             remove_unfinished(Path(self.out_dir))
