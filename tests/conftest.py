@@ -103,6 +103,8 @@ def load_config(name: str) -> Config:
 def load_tool(name: str) -> ModuleType:
     """A script of tools/ as a module."""
     path = ROOT / "tools" / name
+    if str(path.parent) not in sys.path:  # as for a script
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module

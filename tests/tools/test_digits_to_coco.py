@@ -1,7 +1,6 @@
 """The digits data set is real, deterministic, tightly annotated, and written as a whole or not at all."""
 
 import errno
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_tool
 from PIL import Image
 
 pytest.importorskip("sklearn")
@@ -17,16 +17,8 @@ pytest.importorskip("sklearn")
 TOOL = Path(__file__).parents[2] / "tools" / "dataset_converters" / "digits_to_coco.py"
 
 
-def load_tool():
-    """Import the tool from its file: ``tools`` is a folder of scripts, not a package."""
-    spec = importlib.util.spec_from_file_location(TOOL.stem, TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[TOOL.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_tool("dataset_converters/digits_to_coco.py")
+parts = sys.modules["digit_scenes"]
 SMALL = {"train_images": 12, "val_images": 8, "size": 64, "seed": 3}
 SMALL_ARGS = ["--train-images", "12", "--val-images", "8", "--size", "64", "--seed", "3"]
 
@@ -41,13 +33,13 @@ def annotations(folder: Path, split: str) -> dict:
 
 @pytest.fixture(scope="module")
 def sources():
-    return tool.load_sources(seed=0)
+    return parts.load_sources(seed=0)
 
 
 @pytest.fixture(scope="module")
 def scenes(sources):
     """The first 400 training scenes of the default data set."""
-    return [tool.compose_scene(sources["train"], 96, tool.scene_rng(0, "train", i)) for i in range(400)]
+    return [parts.compose_scene(sources["train"], 96, parts.scene_rng(0, "train", i)) for i in range(400)]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +95,7 @@ def test_boxes_are_tight_around_what_pasting_changed(scenes):
             if any(box.touches(other) for other in boxes if other is not box):
                 continue
             alone += 1
-            margin = tool.Box(max(box.x0 - 1, 0), max(box.y0 - 1, 0), box.x1 + 1, box.y1 + 1)
+            margin = parts.Box(max(box.x0 - 1, 0), max(box.y0 - 1, 0), box.x1 + 1, box.y1 + 1)
             rows, columns = np.nonzero(changed[margin.window])
             x0, y0 = columns.min() + margin.x0, rows.min() + margin.y0
             x1, y1 = columns.max() + margin.x0 + 1, rows.max() + margin.y0 + 1
@@ -118,8 +110,8 @@ def test_boxes_are_tight_around_what_pasting_changed(scenes):
 
 def test_mask_extent_is_the_visible_ink(sources):
     for index in range(0, 1797, 60):
-        mask = tool.render_digit(sources["train"].digits[index], height=30, aspect=1.2, angle=8)
-        visible = mask >= tool.MIN_VISIBLE_ALPHA
+        mask = parts.render_digit(sources["train"].digits[index], height=30, aspect=1.2, angle=8)
+        visible = mask >= parts.MIN_VISIBLE_ALPHA
         assert np.array_equal(visible, mask > 0)
         assert visible[0].any() and visible[-1].any() and visible[:, 0].any() and visible[:, -1].any()
         assert mask.max() == 1 and 24 <= mask.shape[0] <= 36
@@ -135,22 +127,22 @@ def test_boxes_lie_inside_and_overlap_little(scenes):
 
 def test_ink_never_covers_ink():
     mask = np.eye(4)
-    box = tool.Box(2, 2, 6, 6)
+    box = parts.Box(2, 2, 6, 6)
     inked = np.zeros((8, 8), dtype=bool)
     inked[2, 5] = True
-    assert tool.first_fitting(mask, [box], inked, []) == box
+    assert parts.first_fitting(mask, [box], inked, []) == box
     inked[3, 3] = True
-    assert tool.first_fitting(mask, [box], inked, []) is None
+    assert parts.first_fitting(mask, [box], inked, []) is None
 
 
 def test_boxes_that_overlap_too_much_are_passed_over():
-    placed = [tool.Paste(0, 0, tool.Box(0, 0, 4, 4))]
+    placed = [parts.Paste(0, 0, parts.Box(0, 0, 4, 4))]
     mask, inked = np.ones((4, 4)), np.zeros((8, 8), dtype=bool)
-    third, seventh = tool.Box(2, 0, 6, 4), tool.Box(3, 0, 7, 4)
+    third, seventh = parts.Box(2, 0, 6, 4), parts.Box(3, 0, 7, 4)
     assert third.iou(placed[0].box) == pytest.approx(8 / 24)
     assert seventh.iou(placed[0].box) == pytest.approx(4 / 28)
-    assert tool.first_fitting(mask, [third], inked, placed) is None
-    assert tool.first_fitting(mask, [third, seventh], inked, placed) == seventh
+    assert parts.first_fitting(mask, [third], inked, placed) is None
+    assert parts.first_fitting(mask, [third, seventh], inked, placed) == seventh
 
 
 def test_default_statistics(scenes):
@@ -184,11 +176,11 @@ def test_ink_stands_out():
     half_white = np.zeros((10, 10, 3), np.float32)
     half_white[:5] = 255
     for patch in (np.full((9, 7, 3), 128, np.float32), half_white):
-        assert all(tool.contrast(patch, tool.pick_colour(patch, None, rng)) >= 90 for _ in range(50))
+        assert all(parts.contrast(patch, parts.pick_colour(patch, None, rng)) >= 90 for _ in range(50))
     grey, red = np.full((9, 7, 3), 128, np.float32), np.array([250, 10, 10], np.float32)
-    assert tool.pick_colour(grey, red, rng) is red
-    assert tool.pick_colour(grey, grey[0, 0], rng) is not grey[0, 0]
-    assert tool.contrast(grey, np.array([128, 128, 28], np.float32)) == pytest.approx(100)
+    assert parts.pick_colour(grey, red, rng) is red
+    assert parts.pick_colour(grey, grey[0, 0], rng) is not grey[0, 0]
+    assert parts.contrast(grey, np.array([128, 128, 28], np.float32)) == pytest.approx(100)
 
 
 def test_pycocotools_reads_and_scores_it(dataset):
