@@ -122,7 +122,7 @@ def side_by_side(task: Callable[[Run], dict], runs: Iterable[Run], jobs: int) ->
 
 def made_by(name: str, options: str, jobs: int) -> str:
     """The beginning of a page: the command, the day, the machine."""
-    command = f"python tools/analysis_tools/{name}.py {options}"
+    command = f"python tools/studies/{name}.py {options}"
     side = f"{jobs} runs side by side with one thread each"
     return f"Made by `{command}` on {date.today()}; {machine()}, {side}"
 

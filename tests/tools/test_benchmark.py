@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, data_samples, load_config, load_tool, random_lors, run
+from conftest import LORS_DIGITS, PLAIN_DIGITS, data_samples, load_config, load_tool, random_lors, run
 
 from mmdet_lors.errors import UserError
 
@@ -12,10 +12,10 @@ SIZE = (64, 96)
 
 
 @pytest.fixture
-def naive(monkeypatch):
+def naive():
     """The benchmark's naive decoder, importable as it is for the script."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools/analysis_tools"))
-    return load_tool("analysis_tools/naive_decoder.py").NaiveDecoder
+    load_tool("analysis_tools/benchmark.py")
+    return sys.modules["decoder_benchmark.naive"].NaiveDecoder
 
 
 @pytest.mark.parametrize("name", [PLAIN_DIGITS, LORS_DIGITS])

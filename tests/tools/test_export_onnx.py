@@ -109,13 +109,13 @@ def test_images_are_normalised_as_mmdet_does(preprocessor):
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("out.onnx", ["--size", "100x64"], "--size '100x64' must be WIDTHxHEIGHT, both multiples of 32"),
-        ("out.onnx", ["--size", "0x64"], "--size '0x64' must be WIDTHxHEIGHT, both multiples of 32"),
-        ("out.onnx", ["--size", "64"], "--size '64' must be WIDTHxHEIGHT, both multiples of 32"),
+        ("out.onnx", ["--size", "100x64"], "--size '100x64' must be WIDTHxHEIGHT in pixels, both multiples of 32"),
+        ("out.onnx", ["--size", "0x64"], "--size '0x64' must be WIDTHxHEIGHT in pixels, both multiples of 32"),
+        ("out.onnx", ["--size", "64"], "--size '64' must be WIDTHxHEIGHT in pixels, both multiples of 32"),
         ("out.onnx", ["--fixed-batch", "0"], "--fixed-batch 0 must be 1 or more"),
         ("out.onnx", ["--opset", "11"], "--opset 11 must be 18 or more"),
-        ("out.pth", [], "must be an .onnx file in a folder that exists"),
-        ("none/out.onnx", [], "must be an .onnx file in a folder that exists"),
+        ("out.pth", [], "must end with .onnx"),
+        ("none/out.onnx", [], "must be a file in a folder that exists"),
         ("out.onnx", [], "checkpoint none.pth does not exist"),
     ],
 )

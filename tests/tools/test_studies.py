@@ -22,6 +22,11 @@ def pela():
     return load_tool(TOOL)
 
 
+@pytest.fixture
+def runs(pela):
+    return sys.modules["pela_runs"]
+
+
 def test_a_finished_run_is_not_repeated_and_a_failed_one_is(tmp_path):
     calls = []
 
@@ -56,17 +61,17 @@ def test_a_tool_that_fails_names_its_log(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["PLAIN", "DISTILLER"])
-def test_schedule_of_the_configs_own_length_is_the_configs(pela, name):
-    path = getattr(pela, name)
+def test_schedule_of_the_configs_own_length_is_the_configs(runs, name):
+    path = getattr(runs, name)
     cfg, merged = Config.fromfile(ROOT / path), Config.fromfile(ROOT / path)
-    options = [option.split("=") for option in pela.schedule(path, pela.epochs_of(path), seed=0)]
+    options = [option.split("=") for option in runs.schedule(path, runs.epochs_of(path), seed=0)]
     merged.merge_from_dict({key: int(value) for key, value in options if key.startswith("param_scheduler")})
     assert merged.param_scheduler == cfg.param_scheduler
     assert f"train_cfg.max_epochs={cfg.train_cfg.max_epochs}" in ["=".join(option) for option in options]
 
 
-def test_shorter_schedule_keeps_the_share_of_warm_up(pela):
-    options = pela.schedule(pela.PLAIN, 30, seed=7)
+def test_shorter_schedule_keeps_the_share_of_warm_up(runs):
+    options = runs.schedule(runs.PLAIN, 30, seed=7)
     assert {"param_scheduler.0.end=2", "param_scheduler.1.begin=2", "param_scheduler.1.T_max=28"} < set(options)
     assert "randomness.seed=7" in options
 
@@ -96,31 +101,31 @@ def test_order_of_table_7(pela):
 
 
 @pytest.fixture
-def tools(pela, monkeypatch):
+def tools(runs, monkeypatch):
     """Stand-ins for train.py, test.py and extract_student.py; lists what they are called with."""
     calls, accuracies = [], {"vit_digits": 98.0, "compressed": 50.0, "base-loss": 90.0, "both": 95.0}
 
     def train(config, folder, options):
         calls.append(("train", folder.name, options))
         epochs = next(option.split("=")[1] for option in options if option.startswith("train_cfg.max_epochs="))
-        if config == pela.PLAIN:
+        if config == runs.PLAIN:
             model = MODELS.build(shared.read(config).model)
             torch.save(dict(state_dict=model.state_dict()), folder / f"epoch_{epochs}.pth")
         logs = folder / "20260101_000000/vis_data"
         logs.mkdir(parents=True)
         logged = [dict(loss=2.0, loss_feature=0.5, loss_perturbation=0.25, lr=0.1), {"accuracy/top1": 1.0}]
         logged.insert(1, dict(logged[0], loss=1.0))
-        (logs / "scalars.json").write_text("\n".join(pela.json.dumps(line) for line in logged))
+        (logs / "scalars.json").write_text("\n".join(runs.json.dumps(line) for line in logged))
         return 10.0
 
     def evaluate(config, checkpoint, folder, options=()):
         calls.append(("test", folder.name, options))
         return {"accuracy/top1": accuracies.get(folder.name.split("_seed")[0], 94.0), "accuracy/top5": 99.0}
 
-    monkeypatch.setattr(pela, "train", train)
-    monkeypatch.setattr(pela, "evaluate", evaluate)
-    monkeypatch.setattr(pela, "call", lambda *command, log: calls.append(("extract", *command[1:])))
-    monkeypatch.setattr(pela, "RATIOS", (2,))
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(runs, "call", lambda *command, log: calls.append(("extract", *command[1:])))
+    monkeypatch.setattr(runs, "RATIOS", (2,))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     return calls
 
@@ -153,10 +158,10 @@ def test_pela_study_runs_and_reports_what_it_found(pela, tools, tmp_path, monkey
     assert len(tools) == done and out.read_text() == page
 
 
-def test_factorised_model_is_nearer_to_the_plain_one_at_a_lower_ratio(pela):
-    model = MODELS.build(shared.read(pela.PLAIN).model).eval()
+def test_factorised_model_is_nearer_to_the_plain_one_at_a_lower_ratio(runs):
+    model = MODELS.build(shared.read(runs.PLAIN).model).eval()
     images = torch.randn(2, 1, 32, 32)
-    small, large = (pela.factorised(model.state_dict(), ratio) for ratio in (12, 1.01))
+    small, large = (runs.factorised(model.state_dict(), ratio) for ratio in (12, 1.01))
     with torch.no_grad():
         expected, *found = (m(images) for m in (model, large, small))
     errors = [((f - expected).norm() / expected.norm()).item() for f in found]
@@ -164,12 +169,12 @@ def test_factorised_model_is_nearer_to_the_plain_one_at_a_lower_ratio(pela):
     assert sum(p.numel() for p in small.parameters()) == 69_610
 
 
-def test_plain_models_of_the_classification_study_serve_when_they_are_as_long(pela, tmp_path):
-    study = pela.Study(12, 20, pela.epochs_of(pela.PLAIN), tmp_path / "work", tmp_path / "teachers")
+def test_plain_models_of_the_classification_study_serve_when_they_are_as_long(runs, tmp_path):
+    study = runs.Study(12, 20, runs.epochs_of(runs.PLAIN), tmp_path / "work", tmp_path / "teachers")
     assert study.teacher(1) == tmp_path / "teachers/vit_digits_seed-1/epoch_60.pth"
     shorter = replace(study, teacher_epochs=6)
     assert shorter.teacher(1) == tmp_path / "work/6-epochs/vit_digits_seed-1/epoch_6.pth"
-    both = pela.TRAINED[-1]
+    both = runs.TRAINED[-1]
     assert len({s.folder(both, 0) for s in (study, shorter, replace(study, ratio=8), replace(study, epochs=5))}) == 4
 
 

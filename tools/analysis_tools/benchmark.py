@@ -13,7 +13,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -24,148 +23,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
+from decoder_benchmark.case import BASE, OBJECTS, VARIANTS, WORKS, Case
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.structures import InstanceData
-from naive_decoder import NaiveDecoder
 from torch import nn
 
+from mmdet_lors.analysis.arguments import width_and_height
+from mmdet_lors.analysis.study import table
 from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
 from mmdet_lors.engine.machine import peak_resident
 from mmdet_lors.errors import UserError
-from mmdet_lors.lors.serving import serve
 from mmdet_lors.valid_json import to_json
-
-ROOT = Path(__file__).parents[2]
-CONFIG = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
-OBJECTS = 7
-"""Objects in every image."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to build and run the decoder."""
-
-    lors: bool = True
-    sampling: tuple[int, int] = (2, 64)
-    """Groups, points."""
-    options: dict = field(default_factory=dict)
-    """Overrides of the ``lors`` field."""
-    naive: bool = False
-    served: bool = False
-    """Folded for inference."""
-
-
-def by_path(adaptive: str, static: str) -> Variant:
-    """LORS with both paths fixed."""
-    return Variant(options=dict(adaptive=dict(path=adaptive), static=dict(path=static)))
-
-
-VARIANTS = {
-    "plain 4x32": Variant(lors=False, sampling=(4, 32)),
-    "plain 2x64": Variant(lors=False),
-    "LORS": Variant(),
-    "LORS, weights": by_path("weights", "features"),
-    "LORS, fold": by_path("fold", "fold"),
-    "LORS, served folded": Variant(served=True),
-    "naive plain 2x64": Variant(lors=False, naive=True),
-    "naive LORS": Variant(naive=True),
-}
-BASE = "plain 2x64"
-WORKS = {
-    "inference": "inference",
-    "backward": "forward + backward with matching",
-    "step": "whole training step (AdamW)",
-}
-
-
-class Case:
-    """One variant, ready to run one kind of work on fixed random inputs.
-
-    Args:
-        name: of the variant.
-        work: key of :data:`WORKS`.
-        queries, batch: N and B.
-        size: (W, H) in pixels.
-        level: 'decoder', on random feature levels, or 'detector', with its ResNet-50.
-        device: 'cpu' or 'cuda'.
-        stages: S; 6 in all of the paper's models.
-    """
-
-    def __init__(
-        self, name: str, work: str, queries: int, batch: int, size: tuple[int, int], level: str, device: str,
-        stages: int = 6,
-    ) -> None:  # fmt: skip
-        torch.manual_seed(0)
-        variant = VARIANTS[name]
-        model = Config.fromfile(ROOT / CONFIG).model
-        model.backbone.init_cfg = None
-        model.query_generator.num_queries = queries
-        decoder = model.decoder
-        decoder.stage.num_groups, decoder.stage.in_points = variant.sampling
-        decoder.num_stages, decoder.lors.adaptive.groups = stages, (decoder.lors.adaptive.groups * stages)[:stages]
-        for half, options in variant.options.items():
-            decoder.lors[half] = options and dict(decoder.lors[half], **options)
-        if not variant.lors:
-            decoder.lors = None
-        if variant.naive:
-            decoder.type = NaiveDecoder
-        self.model = MODELS.build(model)
-        self.model.decoder.init_weights()
-        for parameter in self.model.decoder.parameters():
-            if not parameter.any():  # Zeros may be multiplied faster, and hide a path's gradient.
-                nn.init.normal_(parameter, std=0.01)
-        if level == "decoder":
-            del self.model.backbone, self.model.neck
-        self.model.to(device).train(work != "inference")
-        if variant.served:
-            serve(self.model)
-        self.work, self.device = work, device
-        width, height = size
-        self.feats, self.images = None, None
-        if level == "decoder":
-            shapes = [(batch, 256, height // s, width // s) for s in decoder.featmap_strides]
-            self.feats = [torch.randn(shape, device=device, requires_grad=work != "inference") for shape in shapes]
-        else:
-            self.images = torch.randn(batch, 3, height, width, device=device)
-        self.samples = [self._sample(width, height) for _ in range(batch)]
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True) if work == "step" else None
-
-    def _sample(self, width: int, height: int) -> DetDataSample:
-        corner = torch.rand(OBJECTS, 2) * torch.tensor([width, height]) / 2
-        boxes = torch.cat([corner, corner + 20 + torch.rand(OBJECTS, 2) * 100], dim=1).to(self.device)
-        labels = torch.randint(80, (OBJECTS,), device=self.device)
-        sample = DetDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1.0, 1.0)))
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
-        return sample
-
-    def __call__(self) -> float:
-        """Do the work once.
-
-        Returns:
-            Seconds.
-        """
-        tensors = [*self.model.parameters(), *(self.feats or ())]
-        for tensor in tensors:
-            tensor.grad = None
-        return seconds(self._work, self.device)
-
-    def _work(self) -> None:
-        with torch.set_grad_enabled(self.work != "inference"):
-            feats = self.feats or self.model.extract_feat(self.images)
-            queries = self.model.query_generator([s.metainfo["img_shape"] for s in self.samples])
-            if self.work == "inference":
-                self.model.decoder.predict(feats, *queries, self.samples)
-            else:
-                losses = self.model.decoder.loss(feats, *queries, self.samples)
-                sum(value for name, value in losses.items() if "loss" in name).backward()
-        if self.optimizer:
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
 
 
 def speed(args: argparse.Namespace, names: list[str], **fixed: object) -> dict[str, list[float]]:
@@ -258,12 +127,6 @@ def attention_share(args: argparse.Namespace, queries: int) -> float:
     case()
     spent.clear()
     return sum(spent) / total if (total := case()) else 0.0
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def speed_section(args: argparse.Namespace, results: dict) -> list[str]:
@@ -361,17 +224,6 @@ def growth_section(args: argparse.Namespace, results: dict, picture: Path | None
 SECTIONS = {"speed": speed_section, "memory": memory_section, "matching": matching_section}
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """'320x320' -> (320, 320)."""
-    try:
-        width, height = (int(side) for side in text.split("x"))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT") from error
-    if min(width, height) < 32 or width % 32 or height % 32:
-        raise argparse.ArgumentTypeError(f"{text}: both sides must be multiples of 32")
-    return width, height
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -390,7 +242,7 @@ def parse_args() -> argparse.Namespace:
                         help="the detector has a ResNet-50 and takes images (default: %(default)s)")  # fmt: skip
     parser.add_argument("--queries", nargs="+", type=int, default=[100, 300], help="(default: %(default)s)")
     parser.add_argument("--batch", nargs="+", type=int, default=[2], help="(default: %(default)s)")
-    parser.add_argument("--size", type=image_size, default=(320, 320), help="WIDTHxHEIGHT (default: 320x320)")
+    parser.add_argument("--size", default="320x320", help="WIDTHxHEIGHT (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
@@ -401,6 +253,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--append", action="store_true", help="add to the file of --out instead of replacing it")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.size = width_and_height("--size", args.size, multiple=32)
     if min(args.repeats, args.threads, *args.queries, *args.batch) < 1:
         raise UserError("--repeats, --threads, --queries and --batch must be 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -424,7 +277,7 @@ def main() -> None:
         f"Made by `python {shlex.join(['tools/analysis_tools/benchmark.py', *sys.argv[1:]])}` on {date.today()}: "
         f"{hardware(args.device)}, torch {torch.__version__}, Python {platform.python_version()}, float32, "
         f"{width} x {height} pixels, {OBJECTS} objects an image, {args.repeats} rounds. Ratios carry over to other "
-        "machines, seconds do not. `naive` is tools/analysis_tools/naive_decoder.py.",
+        "machines, seconds do not. `naive` is tools/analysis_tools/decoder_benchmark/naive.py.",
         "",
     ]
     for section in args.sections:

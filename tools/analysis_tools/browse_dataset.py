@@ -22,7 +22,8 @@ from mmengine.config import Config
 from mmengine.runner import set_random_seed
 from mmengine.visualization import Visualizer
 
-from mmdet_lors.analysis.output import FORMATS, check_writable, console, save_figure
+from mmdet_lors.analysis.arguments import PICTURES, check_writable
+from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
@@ -143,7 +144,7 @@ def main() -> None:
         "--out",
         type=Path,
         metavar="OUT",
-        help=f"folder for pictures, or a contact sheet ending with {', '.join(FORMATS)}",
+        help=f"folder for pictures, or a contact sheet ending with {', '.join(PICTURES)}",
     )
     parser.add_argument(
         "--show",
@@ -159,11 +160,11 @@ def main() -> None:
         raise UserError(f"--number {args.number}: must be 1 or more")
     if args.show and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         raise UserError("--show needs a display, but there is none; write pictures with --out")
-    sheet = args.out is not None and args.out.suffix in FORMATS
+    sheet = args.out is not None and args.out.suffix in PICTURES
     if sheet:
         check_writable("--out", args.out)
     elif args.out and args.out.is_file():
-        raise UserError(f"--out {args.out}: is a file of another kind; give a folder, or one of {', '.join(FORMATS)}")
+        raise UserError(f"--out {args.out}: is a file of another kind; give a folder, or one of {', '.join(PICTURES)}")
     cfg = load_config(args.config)
     dataset = build_dataset(cfg, args.split)
     found = []

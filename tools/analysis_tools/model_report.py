@@ -6,32 +6,18 @@ cost when served folded, as a plain decoder with the same groups and points.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from mmdet.utils import register_all_modules
 from rich.table import Table
 
+from mmdet_lors.analysis.arguments import width_and_height
 from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
 from mmdet_lors.analysis.output import console
 from mmdet_lors.conversion.folding import folded_config
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
-
-SMALLEST = 32
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'1280x800' -> (1280, 800).
-
-    Raises:
-        UserError: anything else, or a side below 32 pixels, the largest stride.
-    """
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not match or min(size := (int(match[1]), int(match[2]))) < SMALLEST:
-        raise UserError(f"--input {text!r} must be WIDTHxHEIGHT in pixels, each {SMALLEST} or more, such as 1280x800")
-    return size
 
 
 def report_config(path: str, size: tuple[int, int]) -> tuple[Report, Report | None]:
@@ -96,7 +82,7 @@ def main() -> None:
         help="print a paper's tables beside our numbers, as Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
     )
     args = parser.parse_args()
-    size = parse_size(args.input)
+    size = width_and_height("--input", args.input, smallest=32)  # the largest stride
     if not args.configs and not args.paper:
         raise UserError("give at least one CONFIG, or --paper")
     if args.json and not args.json.parent.is_dir():

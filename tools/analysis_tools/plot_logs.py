@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from mmdet_lors.analysis.output import check_writable, console, save_figure
+from mmdet_lors.analysis.arguments import check_writable
+from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 

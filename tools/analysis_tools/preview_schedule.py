@@ -22,7 +22,8 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, PARAM_SCHE
 from rich.table import Table
 from torch import nn
 
-from mmdet_lors.analysis.output import check_writable, console, save_figure
+from mmdet_lors.analysis.arguments import check_writable
+from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.launch import load_config, run

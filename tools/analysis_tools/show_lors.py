@@ -27,7 +27,8 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 from torch import Tensor, nn
 
-from mmdet_lors.analysis.output import check_writable, console, save_figure
+from mmdet_lors.analysis.arguments import check_writable
+from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
 from mmdet_lors.engine.launch import load_config, run

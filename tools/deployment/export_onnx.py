@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import logging
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor
 
+from mmdet_lors.analysis.arguments import check_writable, width_and_height
 from mmdet_lors.conversion.export import TensorDetector
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
@@ -37,19 +37,6 @@ OPSET = 18
 OUTPUTS = ["boxes", "scores", "labels"]
 TOLERANCE = 1e-3
 """Largest difference of scores, and of boxes as a share of the input's longer side."""
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'1280x800' -> (1280, 800).
-
-    Raises:
-        UserError: anything else, or a side that is not a multiple of 32.
-    """
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    size = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(size) or any(side % STRIDE for side in size):
-        raise UserError(f"--size {text!r} must be WIDTHxHEIGHT, both multiples of {STRIDE}, such as 1280x800")
-    return size
 
 
 def build(cfg: Config, checkpoint: str) -> tuple[TensorDetector, TensorDetector]:
@@ -168,13 +155,12 @@ def main() -> None:
     )
     parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
     args = parser.parse_args()
-    size = parse_size(args.size)
+    size = width_and_height("--size", args.size, multiple=STRIDE)
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise UserError(f"--fixed-batch {args.fixed_batch} must be 1 or more")
     if args.opset < OPSET:
         raise UserError(f"--opset {args.opset} must be {OPSET} or more")
-    if not args.out.parent.is_dir() or args.out.is_dir() or args.out.suffix != ".onnx":
-        raise UserError(f"OUT {args.out}: must be an .onnx file in a folder that exists")
+    check_writable("OUT", args.out, (".onnx",))
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"missing: {', '.join(missing)}; install what exporting needs: pip install mmdet_lors[export]")
 

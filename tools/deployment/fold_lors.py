@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 
+from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
@@ -35,8 +36,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     config = args.out.with_suffix(".py")
-    if not args.out.parent.is_dir() or args.out.is_dir() or args.out == config:
-        raise UserError(f"OUT {args.out}: must be a checkpoint file, not .py, in a folder that exists")
+    check_writable("OUT", args.out, formats=())
+    if args.out == config:
+        raise UserError(f"OUT {args.out}: must be a checkpoint file, not .py")
 
     cfg = read_config(args.config)
     plain = folded_config(cfg.model)

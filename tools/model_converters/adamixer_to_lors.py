@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
+from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.analysis.complexity import build_on_meta
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
@@ -121,8 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.turns < 1:
         raise UserError(f"--turns must be 1 or more, got {args.turns}")
-    if not args.out.parent.is_dir() or args.out.is_dir():
-        raise UserError(f"OUT {args.out}: must be a file in a folder that exists")
+    check_writable("OUT", args.out, formats=())
 
     plain, lors = read_config(args.config), read_config(args.lors_config)
     check_configs(plain, lors)

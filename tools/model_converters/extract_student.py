@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
@@ -68,8 +69,7 @@ def main() -> None:
         "--mmdet-swin", action="store_true", help="name a Swin's weights as mmdet's SwinTransformer expects"
     )
     args = parser.parse_args()
-    if not args.dst.parent.is_dir() or args.dst.is_dir():
-        raise UserError(f"DST {args.dst}: must be a file in a folder that exists")
+    check_writable("DST", args.dst, formats=())
     checkpoint = read_checkpoint(args.src)
     student = extract(checkpoint, args.src)
     if args.mmdet_swin:

@@ -1,0 +1,143 @@
+"""What the benchmark of the decoder times: its variants, each ready to run on random inputs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmdet_lors.analysis.timing import seconds
+from mmdet_lors.lors.serving import serve
+
+from .naive import NaiveDecoder
+
+ROOT = Path(__file__).parents[3]
+CONFIG = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
+OBJECTS = 7
+"""Objects in every image."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build and run the decoder."""
+
+    lors: bool = True
+    sampling: tuple[int, int] = (2, 64)
+    """Groups, points."""
+    options: dict = field(default_factory=dict)
+    """Overrides of the ``lors`` field."""
+    naive: bool = False
+    served: bool = False
+    """Folded for inference."""
+
+
+def by_path(adaptive: str, static: str) -> Variant:
+    """LORS with both paths fixed."""
+    return Variant(options=dict(adaptive=dict(path=adaptive), static=dict(path=static)))
+
+
+VARIANTS = {
+    "plain 4x32": Variant(lors=False, sampling=(4, 32)),
+    "plain 2x64": Variant(lors=False),
+    "LORS": Variant(),
+    "LORS, weights": by_path("weights", "features"),
+    "LORS, fold": by_path("fold", "fold"),
+    "LORS, served folded": Variant(served=True),
+    "naive plain 2x64": Variant(lors=False, naive=True),
+    "naive LORS": Variant(naive=True),
+}
+BASE = "plain 2x64"
+WORKS = {
+    "inference": "inference",
+    "backward": "forward + backward with matching",
+    "step": "whole training step (AdamW)",
+}
+
+
+class Case:
+    """One variant, ready to run one kind of work on fixed random inputs.
+
+    Args:
+        name: of the variant.
+        work: key of :data:`WORKS`.
+        queries, batch: N and B.
+        size: (W, H) in pixels.
+        level: 'decoder', on random feature levels, or 'detector', with its ResNet-50.
+        device: 'cpu' or 'cuda'.
+        stages: S; 6 in all of the paper's models.
+    """
+
+    def __init__(
+        self, name: str, work: str, queries: int, batch: int, size: tuple[int, int], level: str, device: str,
+        stages: int = 6,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        variant = VARIANTS[name]
+        model = Config.fromfile(ROOT / CONFIG).model
+        model.backbone.init_cfg = None
+        model.query_generator.num_queries = queries
+        decoder = model.decoder
+        decoder.stage.num_groups, decoder.stage.in_points = variant.sampling
+        decoder.num_stages, decoder.lors.adaptive.groups = stages, (decoder.lors.adaptive.groups * stages)[:stages]
+        for half, options in variant.options.items():
+            decoder.lors[half] = options and dict(decoder.lors[half], **options)
+        if not variant.lors:
+            decoder.lors = None
+        if variant.naive:
+            decoder.type = NaiveDecoder
+        self.model = MODELS.build(model)
+        self.model.decoder.init_weights()
+        for parameter in self.model.decoder.parameters():
+            if not parameter.any():  # Zeros may be multiplied faster, and hide a path's gradient.
+                nn.init.normal_(parameter, std=0.01)
+        if level == "decoder":
+            del self.model.backbone, self.model.neck
+        self.model.to(device).train(work != "inference")
+        if variant.served:
+            serve(self.model)
+        self.work, self.device = work, device
+        width, height = size
+        self.feats, self.images = None, None
+        if level == "decoder":
+            shapes = [(batch, 256, height // s, width // s) for s in decoder.featmap_strides]
+            self.feats = [torch.randn(shape, device=device, requires_grad=work != "inference") for shape in shapes]
+        else:
+            self.images = torch.randn(batch, 3, height, width, device=device)
+        self.samples = [self._sample(width, height) for _ in range(batch)]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True) if work == "step" else None
+
+    def _sample(self, width: int, height: int) -> DetDataSample:
+        corner = torch.rand(OBJECTS, 2) * torch.tensor([width, height]) / 2
+        boxes = torch.cat([corner, corner + 20 + torch.rand(OBJECTS, 2) * 100], dim=1).to(self.device)
+        labels = torch.randint(80, (OBJECTS,), device=self.device)
+        sample = DetDataSample(metainfo=dict(img_shape=(height, width), scale_factor=(1.0, 1.0)))
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        return sample
+
+    def __call__(self) -> float:
+        """Do the work once.
+
+        Returns:
+            Seconds.
+        """
+        tensors = [*self.model.parameters(), *(self.feats or ())]
+        for tensor in tensors:
+            tensor.grad = None
+        return seconds(self._work, self.device)
+
+    def _work(self) -> None:
+        with torch.set_grad_enabled(self.work != "inference"):
+            feats = self.feats or self.model.extract_feat(self.images)
+            queries = self.model.query_generator([s.metainfo["img_shape"] for s in self.samples])
+            if self.work == "inference":
+                self.model.decoder.predict(feats, *queries, self.samples)
+            else:
+                losses = self.model.decoder.loss(feats, *queries, self.samples)
+                sum(value for name, value in losses.items() if "loss" in name).backward()
+        if self.optimizer:
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
