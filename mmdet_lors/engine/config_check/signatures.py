@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
@@ -206,3 +207,31 @@ def bind(
             raise UserError(f"{where}.{field}: {name} has no such field{close}")
     if missing := sorted(fields.required - set(node) - set(supplied)):
         raise UserError(f"{where}: {name} needs {', '.join(missing)}")
+
+
+def check_node(value: Any, where: str, registry: Registry, default: str | None = None, **taken: Any) -> Any:
+    """Bind a config to the class it names; anything else, such as an object that is already built, is accepted.
+
+    Args:
+        taken: ``supplied`` and ``named`` of :func:`bind`.
+    """
+    if not isinstance(value, dict):
+        return None
+    if "type" not in value and default is None:
+        raise UserError(f"{where} has no type, which names its class in the {registry.name} registry")
+    with registry.switch_scope_and_registry(value.get("_scope_")):
+        kind = find(value.get("type", default), registry, where)
+    bind(kind, value, where, **taken)
+    return kind
+
+
+@contextmanager
+def said_of(where: str) -> Iterator[None]:
+    """Adds a place in the config to whatever a constructor refuses."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: {reason}") from error
