@@ -60,4 +60,4 @@ def test_with_other_processes_it_goes_on_with_the_same_sample(tiny_digits, tmp_p
     resumed = Run(config, whole, "--resume").done()
     assert "The checkpoint is of 2 processes x 2 samples, this run of 1 x 2" in resumed.output()
     # Of the second epoch, one batch of 2 x 2 samples was done: two of 2 samples.
-    assert "Epoch(train) [2][3/3]" in resumed.output() and "[2][2/3]" not in resumed.output()
+    assert "[2][3/3] loss" in resumed.output() and "[2][2/3]" not in resumed.output()
