@@ -95,6 +95,18 @@ def test_names_that_the_default_font_has_are_drawn_as_they_are(name, lines):
     assert not lines
 
 
+def test_a_box_that_ends_at_the_border_is_drawn_without_a_warning():
+    visualizer = DetectionVisualizer()
+    visualizer.dataset_meta = dict(classes=("a",), palette=[(0, 200, 0)])
+    sample = DetDataSample()
+    boxes = torch.tensor([[0.0, 0, 500, 400], [-20, 100, 100, 420]])
+    sample.pred_instances = InstanceData(bboxes=boxes, scores=torch.ones(2), labels=torch.zeros(2, dtype=torch.long))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        visualizer.add_datasample("", np.zeros((400, 500, 3), np.uint8), sample, draw_gt=False)
+    assert visualizer.get_image()[100, 20:90].any()
+
+
 def test_dollar_signs_begin_no_formula():
     assert not np.array_equal(draw("a$b^{$"), draw("ab^{"))
 
