@@ -221,5 +221,5 @@ def test_refuses(arguments, message, monkeypatch, root):
 
 
 def test_refuses_other_models():
-    with pytest.raises(UserError, match="model.type 'ResNet' is not counted"):
+    with pytest.raises(UserError, match="model.type 'ResNet' cannot be counted"):
         measure(dict(type="ResNet", depth=18))
