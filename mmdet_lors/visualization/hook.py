@@ -81,6 +81,7 @@ class PicturesHook(DetVisualizationHook):
 
 def _color_type(dataset: Dataset) -> str:
     """How a picture is read so that it is in the frame of the boxes."""
-    while "pipeline" not in vars(dataset):
-        dataset = dataset.datasets[0] if "datasets" in vars(dataset) else dataset.dataset
+    while "pipeline" not in (fields := vars(dataset)):  # wrapped; mmengine's num_batch_per_epoch does so in _dataset
+        inner = fields.get("datasets") or [fields.get("dataset", fields.get("_dataset"))]
+        dataset = inner[0]
     return "color_ignore_orientation" if frame_of(dataset.pipeline.transforms) == STORED else "color"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import LORS_DIGITS, load_config, random_lors
 from mmdet.structures import DetDataSample
+from mmengine.runner.runner import _SlicedDataset
 from mmengine.structures import InstanceData
 from mmengine.visualization import LocalVisBackend, Visualizer
 
@@ -56,7 +57,8 @@ def drawn(tmp_path, monkeypatch):
         Path(os.path.normpath(path)).parent.mkdir(parents=True, exist_ok=True)
         mmcv.imwrite(np.full((8, 9, 3), 20 * place, np.uint8), os.path.normpath(path))
     plain = SimpleNamespace(data_prefix=dict(img=str(folder)), pipeline=SimpleNamespace(transforms=[]))
-    dataset = SimpleNamespace(datasets=[plain, plain])
+    # As num_batch_per_epoch wraps a data set.
+    dataset = _SlicedDataset(SimpleNamespace(datasets=[plain, plain]), len(NAMES))
     loader = SimpleNamespace(batch_size=4, dataset=dataset)
     runner = SimpleNamespace(
         work_dir=str(tmp_path), timestamp="now", iter=7, test_dataloader=loader, val_dataloader=loader
