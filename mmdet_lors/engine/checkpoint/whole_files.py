@@ -48,7 +48,7 @@ def write_whole(path: Path, data: bytes | memoryview, with_time: bool = False) -
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or first_line(error)} ({len(data) / 1e6:.1f} MB needed, "
-            f"{_free_space(path.parent)} free); what was there is as it was"
+            f"{_free_space(path.parent)} free); the previous file is unchanged"
         ) from error
 
 
