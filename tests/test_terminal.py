@@ -24,6 +24,10 @@ def trained(tiny_digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     more = f"import warnings\nwarnings.warn({MINE!r})\n"
     more += "train_dataloader['num_workers'] = 1\ndefault_hooks['logger'] = dict(interval=2)\n"
+    more += (
+        f"test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root={str(tiny_digits)!r}))"
+    )
+    more += f"\ntest_evaluator = dict(ann_file={str(tiny_digits / 'annotations/val.json')!r})\n"
     config = write_config("lors", folder, tiny_digits, more)
     done = run(sys.executable, "tools/train.py", str(config), "--work-dir", str(folder / "work"))
     assert done.returncode == 0, done.stderr[-2000:]

@@ -147,5 +147,5 @@ def test_the_interface_that_leads_to_an_address(nodes):
     for node, name in enumerate(nodes):
         for address in ADDRESSES:
             command = ["ip", "netns", "exec", name, sys.executable, "-c", code, address]
-            done = subprocess.run(command, cwd=ROOT / "mmdet_lors/engine", capture_output=True, text=True)
+            done = subprocess.run(command, cwd=ROOT / "mmdet_lors/engine/processes", capture_output=True, text=True)
             assert done.stdout.strip() == f"cable{node}", done.stderr

@@ -209,7 +209,7 @@ def test_total_is_the_sum_of_its_parts():
     [
         (("none.py",), "config none.py does not exist"),
         ((), "give at least one CONFIG, or --paper"),
-        ((PLAIN_DIGITS, "--input", "1280"), "--input '1280' must be WIDTHxHEIGHT in pixels, each 32 or more"),
+        ((PLAIN_DIGITS, "--input", "1280"), "--input '1280' must be WIDTHxHEIGHT in pixels, both 32 or more"),
         ((PLAIN_DIGITS, "--input", "31x800"), "--input '31x800' must be"),
         ((PLAIN_DIGITS, "--json", "none/x.json"), "--json none/x.json: folder none does not exist"),
         (("configs/_base_/default_runtime.py",), "has no model"),
