@@ -71,7 +71,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"), [(cut, "it is cut short, damaged or not a checkpoint"), (flip, "does not match its checksum")]
+    ("spoil", "reason"), [(cut, "is cut short, damaged or not a checkpoint"), (flip, "does not match its checksum")]
 )
 def test_a_damaged_newest_checkpoint_is_skipped(spoil, reason, whole, tmp_path):
     config, before = whole
