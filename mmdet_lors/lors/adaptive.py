@@ -222,25 +222,28 @@ class LORSA(Servable):
             folded: what :meth:`for_pass` returned, for a caller that goes through all layers.
         """
         folded = self.for_pass() if folded is None else folded
+        if folded is not None:
+            return [self._generate(query, s, None, linear) for s, linear in enumerate(folded[layer])]
         private = self.private[layer]
-        if folded is not None or (private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold"):
-            return [recompute(self._generate, query, layer, s, folded) for s in range(len(self.shapes))]
+        if private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold":
+            return [recompute(self._generate, query, s, private, block) for s, block in enumerate(self._blocks())]
         shared = None if self.shared is None else self.shared(query)
         return shared if private is None else private(query, shared)
 
-    def _generate(self, query: Tensor, layer: int, index: int, folded: list[list[Block]] | None) -> Tensor:
-        """W_i(q) of one shape as what it is, affine in q: by the one Linear of :meth:`fold`."""
-        weight, bias = self._fold(layer, index) if folded is None else folded[layer][index]
+    def _generate(self, query: Tensor, index: int, private: PrivateLORSA | None, block: Block | None) -> Tensor:
+        """One shape of W_i(q) as what it is, affine in q: by one Linear, into which a private part is folded first."""
+        weight, bias = block if private is None else private.fold(index, block)
         return F.linear(query, weight, bias).unflatten(-1, (self.copies, *self.shapes[index]))
 
-    def _fold(self, layer: int, index: int) -> Block:
-        """Weight (copies * rows * cols, query_dim) and bias of the Linear that generates W_i's matrix of this shape."""
-        private, shared = self.private[layer], None if self.shared is None else self.shared.blocks()[index]
-        return tuple(p.flatten(0, 1) for p in shared) if private is None else private.fold(index, shared)
+    def _blocks(self) -> list[Block] | list[None]:
+        return [None] * len(self.shapes) if self.shared is None else self.shared.blocks()
 
     def fold_for_serving(self, layer: int) -> list[Block]:
         """One Linear per shape: what it generates need not be split."""
-        return [self._fold(layer, s) for s in range(len(self.shapes))]
+        private = self.private[layer]
+        if private is None:
+            return [(weight.flatten(0, 1), bias.flatten()) for weight, bias in self._blocks()]
+        return [private.fold(s, block) for s, block in enumerate(self._blocks())]
 
     def fold(self, layer: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one AdaptiveWeights that generates what layer i does: W_i(q) is affine in q.
