@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 
 from mmdet_lors.datasets.unusable import MAX_UNUSABLE_SHARE, UnusableImages, check_share, reason_of
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
 CIFAR100_HINT = (
     "get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html and unpack it there, or run: python "
@@ -180,7 +180,7 @@ class ImageFolder(ClassificationDataset):
         try:
             source = datasets.ImageFolder(str(Path(data_root) / split))
         except FileNotFoundError as error:
-            raise UserError(str(error).splitlines()[0]) from error
+            raise UserError(first_line(error)) from error
         super().__init__(source, classes, transform, max_unusable_share)
 
     @classmethod

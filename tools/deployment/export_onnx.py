@@ -27,7 +27,7 @@ from mmdet_lors.conversion.export import TensorDetector
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.launch import run
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 STRIDE = 32
@@ -107,7 +107,7 @@ def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(OUTPUTS, {"images": images.numpy()})
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        raise UserError(f"onnxruntime cannot run the export at batch {batch}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"onnxruntime cannot run the export at batch {batch}: {first_line(error)}") from error
     boxes, scores, labels = map(torch.from_numpy, found)
     decoder = model.detector.decoder
     kept, decoder.max_per_img = decoder.max_per_img, decoder.num_classes * model.detector.query_generator.num_queries

@@ -14,7 +14,7 @@ from mmdet_lors.analysis.complexity import build_on_meta
 from mmdet_lors.conversion.reference import DROPPED, convert, settings
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
 from mmdet_lors.engine.launch import load_config, run
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
 COCO_CLASSES = 80
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
@@ -81,11 +81,6 @@ def understand(weights: Mapping[str, Tensor], src: Path) -> tuple[dict[str, dict
         raise UserError(f"checkpoint {src}: {error.args[0]}") from error
     except RuntimeError as error:
         raise UserError(f"checkpoint {src}: its shapes do not fit together: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a torch error, which may have several."""
-    return str(error).splitlines()[0]
 
 
 def model_of(found: Mapping[str, dict]) -> nn.Module:

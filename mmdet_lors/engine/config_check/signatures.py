@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mmengine.registry import Registry
 
 from mmdet_lors.engine.new_style import type_name
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
 RENAMED = dict(
     classes="metainfo=dict(classes=(...))",
@@ -233,5 +233,4 @@ def said_of(where: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: {reason}") from error
+        raise UserError(f"{where}: {first_line(error)}") from error

@@ -21,7 +21,7 @@ from mmdet_lors.engine.checkpoint.reading import Damaged, read_checkpoint
 from mmdet_lors.engine.checkpoint.whole_files import saved_at
 from mmdet_lors.engine.launch import is_first_process
 from mmdet_lors.engine.processes.restarts import restarted_store, restarts
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 
 RESUMABLE = {EpochBasedTrainLoop: "ResumableEpochLoop", IterBasedTrainLoop: "ResumableIterLoop"}
 
@@ -162,5 +162,5 @@ def faults_in_one_line() -> Iterator[None]:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         raise UserError(
             f"process {rank} lost the connection to another process, which ended or was killed: "
-            f"{text.splitlines()[0]}; --resume resumes from the newest checkpoint"
+            f"{first_line(error)}; --resume resumes from the newest checkpoint"
         ) from error
