@@ -55,7 +55,7 @@ class Sheet:
         over = [f"{name} {x:.2g} > {most:g}" for name, (x, most) in measured.items() if not x <= most]
         if over:
             self.fail("; ".join(over[:3]) + (f" and {len(over) - 3} more" if len(over) > 3 else ""))
-        share = max(((x / most, name, x) for name, (x, most) in measured.items()), default=(0, "nothing", 0.0))
+        share = max(((x / most, name, x) for name, (x, most) in measured.items() if most), default=(0, "none", 0.0))
         self.note = self.note or f"{len(measured)} figures, nearest to its limit: {share[1]} {share[2]:.2g}"
 
 

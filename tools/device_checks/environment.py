@@ -67,7 +67,7 @@ def copy_rate(machine: Machine) -> float:
 
 def matrix_rate(machine: Machine, dtype: torch.dtype) -> float:
     """Operations per second, 2 per multiply-add, of a product of two square matrices of random numbers."""
-    side = 512 if machine.tiny else 8192
+    side = 128 if machine.tiny else 8192
     a, b = (torch.randn(side, side, device=machine.device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / machine.median_time(lambda: a @ b, turns=20)
 
