@@ -103,8 +103,8 @@ def speed(machine: Machine, sheet: Sheet) -> None:
     rows, results = [], {}
     width, height = size(machine)
     sheet.lines += [
-        f"R50, {height} x {width} pixels; a step is forward, backward and AdamW; peak is allocated memory, of it the model "
-        f"with gradients and optimizer. TF32 in convolutions: {torch.backends.cudnn.allow_tf32}; in products: "
+        f"R50, {height} x {width} pixels; a step is forward, backward and AdamW; peak is of allocated memory. "
+        f"TF32 in convolutions: {torch.backends.cudnn.allow_tf32}; in products: "
         f"{torch.backends.cuda.matmul.allow_tf32} (PyTorch's defaults). Median of at most 10, after 3.",
         "",
     ]
@@ -171,7 +171,7 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
     batch, queries = (1, 4) if machine.tiny else (16, 300)
     width, height = size(machine)
     rows = []
-    for name in ("LORS", "plain 2x64", "naive LORS"):
+    for name in ("LORS", "plain 2x64", "naive LORS")[: 1 if machine.tiny else 3]:
         products = decoder_products(name, queries, (width, height))
         for amp in (BF16, None):
             rate = machine.figure("environment", f"matrix {name_of(amp)}")
@@ -196,8 +196,8 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
                     sheet.note or f"{variant}, {work}, {name_of(amp)}: {100 * share:.1f} % of the matrix product"
                 )
     sheet.lines += [
-        f"The decoder alone on random levels, batch {batch}, {queries} queries. Operations: 2 for every multiply-add of its "
-        "products as mmdet_lors/analysis/complexity.py counts them, times 3 for forward + backward.",
+        f"The decoder alone on random levels, batch {batch}, {queries} queries. Operations: 2 for every multiply-add "
+        "of its products as mmdet_lors/analysis/complexity.py counts them, times 3 for forward + backward.",
         "",
     ]
     sheet.table(["variant", "work", "precision", "ms", "TFLOP/s", "of the 8192 product's"], rows)
@@ -237,8 +237,8 @@ def profile(machine: Machine, sheet: Sheet) -> None:
     sheet.note = f"{launches:.0f} launches a step, GPU busy {100 * busy / wall / 1e3:.0f} % of {1e3 * wall:.0f} ms"
     sheet.lines += [f"LORS, R50, batch 16, 300 queries, bfloat16: {sheet.note}.", ""]
     largest = sorted(spent, key=spent.get, reverse=True)[:25]
-    rows = [
-        [f"`{kernel[:110]}`".replace("|", "/"), f"{count[kernel] / steps:.0f}", f"{spent[kernel]:.2f}", f"{100 * spent[kernel] / busy:.1f} %"]
-        for kernel in largest
-    ]  # fmt: skip
+    rows = []
+    for kernel in largest:
+        shown, share = kernel[:110].replace("|", "/"), spent[kernel] / busy
+        rows.append([f"`{shown}`", f"{count[kernel] / steps:.0f}", f"{spent[kernel]:.2f}", f"{100 * share:.1f} %"])
     sheet.table(["kernel", "launches a step", "ms a step", "share"], rows)
