@@ -16,7 +16,7 @@ from torch import Tensor
 from mmdet_lors.adamixer import AdaMixerDecoder
 from mmdet_lors.adamixer.boxes import refine_xyzr, xyzr_to_xyxy
 from mmdet_lors.adamixer.decoder import StageOutput
-from mmdet_lors.adamixer.sampling import level_weights
+from mmdet_lors.adamixer.sampling_backends import level_weights
 
 
 class NaiveDecoder(AdaMixerDecoder):
