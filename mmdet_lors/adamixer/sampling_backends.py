@@ -62,7 +62,7 @@ def arrange(feats: Sequence[Tensor], strides: Sequence[int], groups: int, backen
         features = tuple(feat.unflatten(1, (groups, -1)).flatten(0, 1) for feat in feats)
     else:
         features = (torch.cat([feat.flatten(2).transpose(1, 2) for feat in feats], dim=1),)
-    return Pyramid(features, to_device(levels, device, torch.int32), backend)
+    return Pyramid(features, to_device(levels, feats[0], torch.int32), backend)
 
 
 def choose(device: torch.device) -> str:
