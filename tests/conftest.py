@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # before Triton is imported
+
 import mmcv
 import pytest
-import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from mmdet.structures.bbox import bbox_overlaps
 from torch import Tensor
 
 
@@ -27,8 +26,11 @@ def refine_xyzr(xyzr: Tensor, delta: Tensor) -> Tensor:
 
 def log_iof(xyzr: Tensor) -> Tensor:
     """(B, N, 4) positions -> (B, N, N), log(IoF(box_i, box_j) + 1e-7): intersection over the area of box i."""
-    boxes = xyzr_to_xyxy(xyzr)
-    return torch.log(bbox_overlaps(boxes, boxes, mode="iof") + 1e-7)
+    low, high = xyzr_to_xyxy(xyzr).split(2, dim=-1)
+    # Not mmdet's bbox_overlaps, whose constant has to wait for a GPU.
+    shared = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
+    (w, h), (shared_w, shared_h) = (high - low).unbind(-1), shared.clamp(min=0).unbind(-1)
+    return torch.log(shared_w * shared_h / (w * h).clamp(min=1e-6)[..., None] + 1e-7)
 
 
 def position_encoding(xyzr: Tensor, dim: int) -> Tensor:
@@ -36,6 +38,6 @@ def position_encoding(xyzr: Tensor, dim: int) -> Tensor:
     features = dim // 4
     pair = torch.arange(features, dtype=xyzr.dtype, device=xyzr.device) // 2
     frequency = torch.exp(pair * (-2 * math.log(10000) / features))
-    scale = xyzr.new_tensor([1e-3, 1e-3, 1, 1])
-    angle = (xyzr * scale)[..., None] * frequency
+    scaled = torch.cat([xyzr[..., :2] * 1e-3, xyzr[..., 2:]], dim=-1)
+    angle = scaled[..., None] * frequency
     return torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], dim=-1).flatten(-3)

@@ -5,7 +5,6 @@ from functools import partial
 
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
-from mmdet.structures.bbox import scale_boxes
 from mmengine.config import ConfigDict
 from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
@@ -18,6 +17,7 @@ from .boxes import xyzr_to_xyxy
 from .criterion import Criterion
 from .sampling_backends import BACKENDS, arrange
 from .stage import StageOutput
+from .transfer import to_device
 
 LORS_FIELDS = {
     "adaptive": ("rank", "groups", "shared", "shared_init", "path"),
@@ -169,14 +169,12 @@ class AdaMixerDecoder(Criterion):
         Returns:
             Per image: scores (n,), labels (n,), bboxes (n, 4), in the original image's pixels with ``rescale``.
         """
-        output = self(feats, xyzr, content)[-1]
-        results = []
-        for bboxes, scores, labels, sample in zip(*self.best(output), batch_data_samples, strict=True):
-            if rescale:
-                w, h = sample.metainfo["scale_factor"]
-                bboxes = scale_boxes(bboxes, (1 / w, 1 / h))
-            results.append(InstanceData(scores=scores, labels=labels, bboxes=bboxes))
-        return results
+        bboxes, scores, labels = self.best(self(feats, xyzr, content)[-1])
+        if rescale:
+            scales = [[1 / s for s in sample.metainfo["scale_factor"]] * 2 for sample in batch_data_samples]
+            bboxes = bboxes * to_device(scales, bboxes)[:, None]
+        images = zip(bboxes, scores, labels, strict=True)
+        return [InstanceData(scores=s, labels=label, bboxes=b) for b, s, label in images]
 
     def best(self, output: StageOutput) -> tuple[Tensor, Tensor, Tensor]:
         """The k = min(max_per_img, N * num_classes) best of a stage's pairs of query and class.

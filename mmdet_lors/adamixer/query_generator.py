@@ -8,6 +8,8 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .transfer import to_device
+
 
 @MODELS.register_module()
 class InitialQueryGenerator(BaseModule):
@@ -41,8 +43,7 @@ class InitialQueryGenerator(BaseModule):
             without affine over the embedding.
         """
         content = F.layer_norm(self.content.weight, (self.content_dim,))
-        size = torch.tensor([tuple(s[:2]) for s in img_shapes], dtype=content.dtype)
-        h, w = size.to(content.device).unbind(-1)
+        h, w = to_device([tuple(s[:2]) for s in img_shapes], content).unbind(-1)
         xyzr = torch.stack([w / 2, h / 2, (w * h).log2() / 2, (h / w).log2()], dim=-1)
         batch = len(img_shapes)
         return (

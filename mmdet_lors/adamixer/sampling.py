@@ -1,21 +1,13 @@
 """Adaptive 3D sampling: where a query looks in the feature pyramid, and what it finds there."""
 
 import math
-from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boxes import xyzr_to_size
 from .precision import full_precision
 from .sampling_backends import BACKENDS, Pyramid
-
-
-def level_weights(z: Tensor, strides: Sequence[int]) -> Tensor:
-    """Softmax over levels of -(z - log2 stride_l)^2 / 2. (...) -> (..., L)."""
-    level_z = z.new_tensor([math.log2(s) for s in strides])
-    return F.softmax(-((z[..., None] - level_z) ** 2) / 2, dim=-1)
 
 
 def sample_3d(pyramid: Pyramid, points: Tensor) -> Tensor:
@@ -30,10 +22,9 @@ def sample_3d(pyramid: Pyramid, points: Tensor) -> Tensor:
         points: (B, N, G, P, 3), (x, y) in input pixels and z = log2 of the scale; float32 or wider.
 
     Returns:
-        (B, N, G, P, C), in the features' data type, or float32 for half precision.
+        (B, N, G, P, C), in the features' data type.
     """
-    xy, z = points.split([2, 1], dim=-1)
-    return BACKENDS[pyramid.backend](pyramid, xy, level_weights(z.squeeze(-1), pyramid.strides))
+    return BACKENDS[pyramid.backend](pyramid, points[..., :2], points[..., 2])
 
 
 class AdaptiveSampling(nn.Module):

@@ -211,14 +211,15 @@ def test_matching_all_stages_at_once_equals_the_assigner_called_for_each(num_box
         torch.nn.init.normal_(stage.reg_branch[-1].weight, std=0.1)
     samples = data_samples(num_boxes, (96, 96), 10)
     outputs = model(torch.randn(3, 3, 96, 96), samples, mode="tensor")
-    labels, boxes = decoder.assign(outputs, samples)
+    matching = decoder.assign(outputs, samples)
     for s, output in enumerate(outputs):
         for b, sample in enumerate(samples):
-            gt, queries = sample.gt_instances, slice(20 * b, 20 * b + 20)
+            gt = sample.gt_instances
             predicted = InstanceData(scores=output.cls_score[b].detach(), bboxes=output.bboxes[b].detach())
             index = decoder.assigner.assign(predicted, gt, img_meta=sample.metainfo).gt_inds
             matched = index > 0
             assert matched.sum() == min(20, num_boxes[b])
-            assert torch.equal(labels[s, queries][matched], gt.labels[index[matched] - 1])
-            assert torch.equal(boxes[s, queries][matched], gt.bboxes[index[matched] - 1])
-            assert (labels[s, queries][~matched] == 10).all() and not boxes[s, queries][~matched].any()
+            here = matching.queries[s] // 20 == b
+            assert torch.equal(matching.queries[s][here] - 20 * b, matched.nonzero().squeeze(1))
+            assert torch.equal(matching.labels[s][here], gt.labels[index[matched] - 1])
+            assert torch.equal(matching.boxes[s][here], gt.bboxes[index[matched] - 1])

@@ -31,7 +31,7 @@ def test_position_encoding(name):
     assert relative_error(encoding, golden["op_pe"]) < OPERATOR
 
 
-@pytest.mark.parametrize("backend", ["grid_sample", "embedding_bag"])
+@pytest.mark.parametrize("backend", ["grid_sample", "embedding_bag", "triton"])
 @pytest.mark.parametrize("name", NAMES)
 def test_sampling(name, backend):
     golden, model = load(name)

@@ -6,7 +6,7 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, data_samples, load_config
 from mmdet.registry import MODELS
 from test_detector import total_loss
 
-from mmdet_lors.adamixer import decoder, mixing, sampling, stage
+from mmdet_lors.adamixer import decoder, mixing, sampling, sampling_backends, stage
 
 SIZE = (64, 96)
 
@@ -84,7 +84,7 @@ def test_what_must_stay_in_float32_under_autocast(name, monkeypatch):
 
         def watched(*args):
             out = original(*args)
-            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor)]
+            tensors = [t for t in (*args, out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
             seen.setdefault(function, set()).update(t.dtype for t in tensors)
             return out
 
@@ -92,7 +92,7 @@ def test_what_must_stay_in_float32_under_autocast(name, monkeypatch):
 
     spy(stage, "log_iof")
     spy(stage, "refine_xyzr")
-    spy(sampling, "level_weights")
+    spy(sampling_backends, "level_weights")
     spy(sampling, "sample_3d")
     spy(decoder, "xyzr_to_xyxy")
     model = build(name).eval()

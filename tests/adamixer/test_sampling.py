@@ -6,9 +6,10 @@ from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
 from mmdet_lors.adamixer import sampling_backends
 from mmdet_lors.adamixer.sampling import sample_3d
-from mmdet_lors.adamixer.sampling_backends import BACKENDS, arrange
+from mmdet_lors.adamixer.sampling_backends import BACKENDS, NEEDS, arrange, choose
+from mmdet_lors.errors import UserError
 
-SIZES, STRIDES, GROUPS, CHANNELS = [(20, 24), (10, 12), (5, 6)], (4, 8, 16), 2, 3
+SIZES, STRIDES, GROUPS = [(21, 24), (11, 12), (5, 6)], (4, 8, 16), 2
 
 
 class OnCPU:
@@ -21,9 +22,9 @@ class OnCPU:
         return multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
 
 
-def inputs(num_queries: int = 7, num_points: int = 5) -> tuple[list[torch.Tensor], torch.Tensor]:
+def inputs(num_queries: int = 7, num_points: int = 5, channels: int = 3) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Levels and points, some of them outside the image and across its border."""
-    feats = [torch.randn(2, GROUPS * CHANNELS, *size, dtype=torch.float64, requires_grad=True) for size in SIZES]
+    feats = [torch.randn(2, GROUPS * channels, *size, dtype=torch.float64, requires_grad=True) for size in SIZES]
     shape = (2, num_queries, GROUPS, num_points)
     xy = torch.rand(*shape, 2, dtype=torch.float64) * 140 - 20
     z = 5 * torch.rand(*shape, 1, dtype=torch.float64) + 1
@@ -39,25 +40,72 @@ def run(backend: str, feats: list[torch.Tensor], points: torch.Tensor) -> list[t
 
 @pytest.fixture
 def deformable(monkeypatch):
-    """mmcv's op where there is CUDA, its PyTorch version elsewhere."""
+    """mmcv's op through its PyTorch version."""
     monkeypatch.setattr(sampling_backends, "MultiScaleDeformableAttnFunction", OnCPU)
+    monkeypatch.setitem(NEEDS, "deformable", lambda device: "")
 
 
-@pytest.mark.parametrize("backend", ["embedding_bag", "deformable"])
-def test_back_ends_agree_in_value_and_gradient(backend, deformable):
-    feats, points = inputs()
+@pytest.mark.parametrize("channels", [3, 24])
+@pytest.mark.parametrize("backend", ["embedding_bag", "deformable", "triton"])
+def test_back_ends_agree_in_value_and_gradient(backend, channels, deformable):
+    feats, points = inputs(channels=channels)
     for ours, expected in zip(run(backend, feats, points), run("grid_sample", feats, points), strict=True):
-        assert ours.shape == expected.shape
+        assert ours.shape == expected.shape and ours.dtype == expected.dtype
         assert (ours - expected).norm() <= 1e-12 * expected.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="mmcv's deformable attention op runs on CUDA alone")
-def test_mmcvs_op_on_the_gpu_agrees():
-    feats, points = inputs()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["embedding_bag", "deformable", "triton"])
+def test_back_ends_agree_on_the_gpu(backend):
+    feats, points = inputs(channels=24)
     expected = run("grid_sample", feats, points)
     feats, points = ([f.detach().cuda().requires_grad_() for f in feats], points.detach().cuda().requires_grad_())
-    for ours, theirs in zip(run("deformable", feats, points), expected, strict=True):
+    if why := NEEDS.get(backend, lambda device: "")(points.device):
+        pytest.skip(f"{backend} does not run on this GPU: {why}")
+    for ours, theirs in zip(run(backend, feats, points), expected, strict=True):
         assert (ours.cpu() - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "gradient"),
+    [(torch.float32, 1e-6, 1e-6), (torch.float16, 1e-3, 1e-3), (torch.bfloat16, 8e-3, 8e-3)],
+)
+def test_the_kernel_in_lower_precision(dtype, value, gradient):
+    """It computes in float32, and rounds what it returns."""
+    feats, points = inputs(channels=16)
+    low = [feat.detach().to(dtype).requires_grad_() for feat in feats]
+    low_points = points.detach().float().requires_grad_()
+    exact = [feat.detach().double().requires_grad_() for feat in low]
+    exact_points = low_points.detach().double().requires_grad_()
+    out = sample_3d(arrange(exact, STRIDES, GROUPS, "grid_sample"), exact_points)
+    low_out = sample_3d(arrange(low, STRIDES, GROUPS, "triton"), low_points)
+    assert low_out.dtype == dtype
+    assert (low_out - out).norm() <= value * out.norm()
+    grad = torch.randn_like(low_out)
+    expected = torch.autograd.grad(out, [*exact, exact_points], grad.double())
+    found = torch.autograd.grad(low_out, [*low, low_points], grad)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= gradient * theirs.norm()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 5), (2, 0, 2, 5), (1, 1, 2, 1)])
+def test_the_kernel_takes_any_number_of_points(shape):
+    batch, _, groups, _ = shape
+    feats = [torch.randn(batch, groups * 8, *size, requires_grad=True) for size in SIZES]
+    points = (torch.rand(*shape, 3) * 5 + 1).requires_grad_()
+    for ours, theirs in zip(run("triton", feats, points), run("embedding_bag", feats, points), strict=True):
+        assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_kernel_is_an_operator_that_compiles_whole():
+    feats, points = inputs(channels=8)
+    pyramid = arrange([feat.detach() for feat in feats], STRIDES, GROUPS, "triton")
+    compiled = torch.compile(sample_3d, fullgraph=True, backend="aot_eager")
+    points = points.detach().requires_grad_()
+    (ours,) = torch.autograd.grad(compiled(pyramid, points).sum(), points)
+    (theirs,) = torch.autograd.grad(sample_3d(pyramid, points).sum(), points)
+    assert torch.equal(ours, theirs)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,14 +151,50 @@ def test_half_precision_levels_are_sampled_in_float32():
         assert torch.equal(sampled, sample_3d(exact, points.detach().float()))
 
 
-def test_points_that_are_not_finite_do_not_crash():
+@pytest.mark.parametrize("backend", ["embedding_bag", "triton"])
+def test_points_that_are_not_finite_do_not_crash(backend):
     feats, points = inputs()
     points = points.detach().clone()
     points[0, 0, 0, 0] = torch.tensor([float("nan"), float("inf"), 1e30])
-    sample_3d(arrange(feats, STRIDES, GROUPS, "embedding_bag"), points)
+    others = sample_3d(arrange(feats, STRIDES, GROUPS, backend), points)[:, 1:]
+    assert others.isfinite().all()
 
 
-def test_auto_is_by_device():
+CPU, CUDA, MPS, XPU = (torch.device(device) for device in ("cpu", "cuda", "mps", "xpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "runs", "chosen"),
+    [
+        (CPU, ["triton", "deformable"], "embedding_bag"),
+        (CUDA, ["triton", "deformable"], "triton"),
+        (CUDA, ["deformable"], "deformable"),
+        (CUDA, ["triton"], "triton"),
+        (CUDA, [], "grid_sample"),  # a driver, mmcv built without CUDA, no Triton
+        (MPS, [], "embedding_bag"),
+        (XPU, [], "grid_sample"),
+        (torch.device("meta"), [], "grid_sample"),
+    ],
+)
+def test_auto_takes_the_fastest_that_runs(device, runs, chosen, monkeypatch):
+    for name in NEEDS:
+        monkeypatch.setitem(NEEDS, name, lambda device, name=name: "" if name in runs else "missing")
+    assert choose(device) == chosen
+
+
+def test_auto_is_deterministic_where_that_was_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert choose(CUDA) == "embedding_bag"
+
+
+def test_mmcvs_operator_is_not_reached_where_it_was_not_compiled(monkeypatch):
+    monkeypatch.setattr(sampling_backends, "get_compiling_cuda_version", lambda: "not available")
+    assert "without CUDA operators" in NEEDS["deformable"](CUDA)
+    monkeypatch.setattr(sampling_backends, "get_compiling_cuda_version", lambda: "13.0")
+    assert not NEEDS["deformable"](CUDA)
+
+
+def test_a_back_end_that_does_not_run_here_is_refused_in_one_line():
     feats, _ = inputs()
-    assert arrange(feats, STRIDES, GROUPS).backend == "embedding_bag"
-    assert arrange([f.to("meta") for f in feats], STRIDES, GROUPS).backend == "grid_sample"
+    with pytest.raises(UserError, match="^decoder.sampling 'deformable' does not run on cpu: it is a CUDA operator$"):
+        arrange(feats, STRIDES, GROUPS, "deformable")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmdet_lors.adamixer import AdaMixerDecoder
 from mmdet_lors.adamixer.boxes import refine_xyzr, xyzr_to_xyxy
+from mmdet_lors.adamixer.criterion import Matching
 from mmdet_lors.adamixer.decoder import StageOutput
-from mmdet_lors.adamixer.sampling import level_weights
+from mmdet_lors.adamixer.sampling_backends import level_weights
 
 
 class NaiveDecoder(AdaMixerDecoder):
@@ -75,20 +76,16 @@ class NaiveDecoder(AdaMixerDecoder):
         return F.linear(x, self.lorst.shared + private.B @ private.A, self.lorst.bias[layer])
 
     @torch.no_grad()
-    def assign(self, outputs: Sequence[StageOutput], batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
+    def assign(self, outputs: Sequence[StageOutput], batch_data_samples: SampleList) -> Matching:
         """Match stage by stage and image by image with mmdet's assigner, each call with a transfer to the host."""
-        labels, targets = [], []
+        found = []
         for output in outputs:
-            for scores, bboxes, sample in zip(output.cls_score, output.bboxes, batch_data_samples, strict=True):
+            for b, (scores, bboxes, sample) in enumerate(
+                zip(output.cls_score, output.bboxes, batch_data_samples, strict=True)
+            ):
                 gt = InstanceData(labels=sample.gt_instances.labels, bboxes=sample.gt_instances.bboxes.to(bboxes.dtype))
-                predicted = InstanceData(scores=scores, bboxes=bboxes)
-                found = self.assigner.assign(predicted, gt, img_meta=sample.metainfo)
-                matched = found.gt_inds > 0
-                label = found.gt_inds.new_full((len(bboxes),), self.num_classes)
-                target = torch.zeros_like(bboxes)
-                label[matched] = gt.labels[found.gt_inds[matched] - 1]
-                target[matched] = gt.bboxes[found.gt_inds[matched] - 1]
-                labels.append(label)
-                targets.append(target)
-        shape = (len(outputs), -1)
-        return torch.cat(labels).view(shape), torch.cat(targets).view(*shape, 4)
+                index = self.assigner.assign(InstanceData(scores=scores, bboxes=bboxes), gt, sample.metainfo).gt_inds
+                queries = (index > 0).nonzero().squeeze(1)
+                objects = index[queries] - 1
+                found.append((queries + b * len(bboxes), gt.labels[objects], gt.bboxes[objects]))
+        return Matching(*(torch.cat(parts).unflatten(0, (len(outputs), -1)) for parts in zip(*found, strict=True)))
