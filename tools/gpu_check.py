@@ -53,6 +53,8 @@ SECTIONS: dict[str, tuple[Section, float]] = {
     "digits": (digits, 1e9),
 }
 """What is checked, and the seconds that it may take at most."""
+GRACE = 5
+"""Seconds more for a section that watches the clock, to end by itself."""
 
 
 def conduct(name: str, machine: Machine, sheet: Sheet) -> None:
@@ -71,8 +73,7 @@ def conduct(name: str, machine: Machine, sheet: Sheet) -> None:
     try:
         if alarm:
             before = signal.signal(signal.SIGALRM, time_up)
-            # A section that watches the clock ends by itself.
-            signal.setitimer(signal.ITIMER_REAL, machine.left() + 5)
+            signal.setitimer(signal.ITIMER_REAL, machine.left() + GRACE)
         section(machine, sheet)
     except Skipped as skipped:
         sheet.status, sheet.why = "SKIPPED", str(skipped)
@@ -109,10 +110,11 @@ def write(out: Path, command: str, machine: Machine) -> None:
         lines += ["On a CPU, at tiny sizes: that everything runs and agrees. Its times say nothing about a GPU.", ""]
     for name, sheet in machine.sheets.items():
         text = line(name, sheet)
-        lines += [f"## {name.capitalize()}", "", text[0].upper() + text[1:], "", *sheet.lines]
+        lines += [f"## {name.capitalize()}", "", text, "", *sheet.page()]
     out.write_text("\n".join(lines).rstrip() + "\n")
     found = dict(command=command, date=str(date.today()), device=facts[0], sections={})
-    found["sections"] = {name: vars(sheet) | dict(lines=None) for name, sheet in machine.sheets.items()}
+    for name, sheet in machine.sheets.items():
+        found["sections"][name] = {key: value for key, value in vars(sheet).items() if key != "parts"}
     out.with_suffix(".json").write_text(to_json(found, indent=1) + "\n")
 
 

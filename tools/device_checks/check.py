@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from mmdet_lors.adamixer import sampling_backends
+from mmdet_lors.adamixer.sampling_backends import BACKENDS, NEEDS
 from mmdet_lors.analysis.study import table
 from mmdet_lors.analysis.timing import seconds
 
@@ -35,22 +35,33 @@ class Sheet:
     """Its most telling figures, for the terminal."""
     figures: dict = field(default_factory=dict)
     """All that was measured, for the JSON."""
-    lines: list[str] = field(default_factory=list)
-    """Its part of the page."""
+    parts: list[str | tuple] = field(default_factory=list)
+    """Its part of the page: paragraphs, and tables (header, rows) to which rows may still be added."""
 
     def fail(self, why: str) -> None:
         """The section has failed; it may go on."""
         self.status, self.why = "FAIL", f"{self.why}; {why}" if self.why else why
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Add a table to the page."""
-        self.lines += [*table(header, rows), ""]
+    def table(self, *header: str) -> list[list[str]]:
+        """Add a table to the page.
+
+        Returns:
+            Its rows: what is added to them is on the page however the section ends.
+        """
+        self.parts.append((header, []))
+        return self.parts[-1][1]
+
+    def page(self) -> list[str]:
+        """Lines of Markdown."""
+        lines = []
+        for part in self.parts:
+            lines += [part, ""] if isinstance(part, str) else [*table(*part), ""]
+        return lines
 
     def limits(self, measured: dict[str, tuple[float, float]]) -> None:
         """Record figures, each of which must be at most its limit, as a table; NaN fails."""
-        self.table(
-            ["", "measured", "at most"], [[name, f"{x:.2g}", f"{most:g}"] for name, (x, most) in measured.items()]
-        )
+        rows = self.table("", "measured", "at most")
+        rows += [[name, f"{x:.2g}", f"{most:g}"] for name, (x, most) in measured.items()]
         self.figures.update({name: x for name, (x, _) in measured.items()})
         over = [f"{name} {x:.2g} > {most:g}" for name, (x, most) in measured.items() if not x <= most]
         if over:
@@ -109,17 +120,7 @@ class Machine:
 
     def back_ends(self) -> list[str]:
         """The sampling back ends that run here."""
-        return [name for name in sampling_backends.BACKENDS if available(name, self.device)]
-
-
-def available(name: str, device: torch.device) -> bool:
-    """Whether a sampling back end runs on a device."""
-    if hasattr(sampling_backends, "available"):
-        return sampling_backends.available(name, device)
-    from mmcv.ops import get_compiling_cuda_version
-
-    compiled = get_compiling_cuda_version() != "not available"
-    return name in ("grid_sample", "embedding_bag") or (device.type == "cuda" and (name == "triton" or compiled))
+        return [name for name in BACKENDS if name not in NEEDS or not NEEDS[name](self.device)]
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

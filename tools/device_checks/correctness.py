@@ -145,9 +145,9 @@ def sampling(machine: Machine, sheet: Sheet) -> None:
                     most = 2e-2 if dtype in HALVES else 1e-5 if what == "value" else 1e-4
                     label = f"{backend}, {name_of(dtype)}, {groups} x {points}: {what}"
                     measured[label] = error(found[what], expected), most
-    if "triton" in machine.back_ends():  # the only one that takes it
-        empty = sampled([f[:0] for f in feats], xy[:0], z[:0], "triton")
-        measured["triton: elements of an empty batch"] = sum(t.numel() for t in empty.values()), 0
+    for backend in machine.back_ends():
+        empty = sampled([f[:0] for f in feats], xy[:0], z[:0], backend)
+        measured[f"{backend}: elements of an empty batch"] = sum(t.numel() for t in empty.values()), 0
     sheet.limits(measured)
     sampling_speed(machine, sheet)
 
@@ -155,8 +155,15 @@ def sampling(machine: Machine, sheet: Sheet) -> None:
 def sampling_speed(machine: Machine, sheet: Sheet) -> None:
     """Times of all back ends; bytes are the least: 16 cells read and a sample written a point."""
     size = (64, 96) if machine.tiny else (800, 1344)
-    channels, batch, rows, times = 256, 2, [], {}
+    channels, batch, times = 256, 2, {}
     copies = machine.figure("environment", "copy bytes/s")
+    sheet.parts.append(
+        f"{size[0]} x {size[1]} pixels, batch {batch}, {channels} channels. A time is of sampling alone, its levels "
+        "already arranged. GB/s counts the least bytes (of each point, 4 cells of 4 levels read and a sample written) "
+        "over the forward time, in brackets its share of the copy's."
+    )
+    header = ["groups x points", "queries", "levels", "back end", "forward, us", "forward + backward, us", "GB/s"]
+    rows, sheet.figures["times"] = sheet.table(*header), times
     for groups, points, queries in [(2, 64, 300), (2, 64, 100), (4, 32, 300), (4, 32, 100)][: 1 if machine.tiny else 4]:
         queries = 10 if machine.tiny else queries
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -189,14 +196,6 @@ def sampling_speed(machine: Machine, sheet: Sheet) -> None:
                     f"{floor / taken[0] / 1e9:.0f}{share}",
                 ])  # fmt: skip
     sheet.figures["times"] = times
-    header = ["groups x points", "queries", "levels", "back end", "forward, us", "forward + backward, us"]
-    sheet.lines += [
-        f"{size[0]} x {size[1]} pixels, batch {batch}, {channels} channels. A time is of sampling alone, its levels "
-        "already arranged. GB/s counts the least bytes (of each point, 4 cells of 4 levels read and "
-        "a sample written) over the forward time, in brackets its share of the copy's.",
-        "",
-    ]
-    sheet.table([*header, "GB/s"], rows)
     best = {}
     for dtype in ("float32", "bfloat16"):
         found = {
@@ -279,5 +278,5 @@ def compiled(machine: Machine, sheet: Sheet) -> None:
     sheet.limits(measured)
     sheet.figures["first step"] = taken
     sheet.note += f"; the first step of {stages} stages took {taken:.1f} s"
-    sheet.lines += [f"{stages} stages, sampling {backend}; the first step, with compilation: {taken:.1f} s.", ""]
+    sheet.parts.append(f"{stages} stages, sampling {backend}; the first step, with compilation: {taken:.1f} s.")
     torch.compiler.reset()

@@ -12,9 +12,10 @@ import mmengine
 import torch
 from mmcv.ops import get_compiler_version, get_compiling_cuda_version
 
+from mmdet_lors.adamixer.sampling_backends import NEEDS
 from mmdet_lors.analysis.timing import hardware
 
-from .check import Machine, Sheet, available, name_of
+from .check import Machine, Sheet, name_of
 
 
 def driver() -> str:
@@ -84,7 +85,7 @@ def environment(machine: Machine, sheet: Sheet) -> None:
         rate = matrix_rate(machine, dtype)
         sheet.figures[f"matrix {name_of(dtype)}"] = rate
         facts[f"matrix product, {name_of(dtype)}"] = f"{rate / 1e12:.3g} TFLOP/s"
-    sheet.table(["", ""], facts.items())
+    sheet.table("", "").extend(facts.items())
     sheet.note = f"{facts['device']}; {facts['sampling back ends here']}; copy {facts['copy, read and written']}"
-    if machine.cuda and not available("triton", machine.device):
-        sheet.note += "; no triton back end"
+    if machine.cuda and (missing := NEEDS["triton"](machine.device)):
+        sheet.fail(f"our sampling kernel does not run: {missing}")

@@ -15,8 +15,6 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from . import ROOT
 from .check import Machine, Sheet, Skipped
 
@@ -111,9 +109,9 @@ class Runs:
         return make_digits(self.machine.work / "tiny", 32, 8)
 
     def config(self, *hooks: dict, epochs: int = 2, interval: int = 1000, data: Path | None = None,
-               workers: int = 0, logged: int = 1) -> Path:  # fmt: skip
-        """Write a config: the quickstart's on this data, with further hooks and a trace."""
-        hooks = [dict(type="TraceHook", file=str(self.trace)), *hooks] if data is None else list(hooks)
+               workers: int = 0, logged: int = 1, trace: bool = True) -> Path:  # fmt: skip
+        """Write a config: the quickstart's on this data, with further hooks and a trace, which waits for the loss."""
+        hooks = [*([dict(type="TraceHook", file=str(self.trace))] if trace else []), *hooks]
         path = self.folder / "config.py"
         values = dict(epochs=epochs, interval=interval, workers=workers, logged=logged, hooks=hooks)
         path.write_text(TEXT.format(base=str(ROOT / CONFIG), data=str(data or self.data), **values))
@@ -210,7 +208,7 @@ def digits(machine: Machine, sheet: Sheet) -> None:
     made = time.monotonic()
     data = make_digits(machine.work / ("tiny" if machine.tiny else "digits"), *images)
     workers = 0 if machine.tiny else max(1, min(8, (os.cpu_count() or 2) // 2))
-    config = runs.config(epochs=epochs, interval=interval, data=data, workers=workers, logged=50)
+    config = runs.config(epochs=epochs, interval=interval, data=data, workers=workers, logged=50, trace=False)
     begin = time.monotonic()
     process = runs.train("work", config)
     # Saving and ending well takes a few seconds.
@@ -229,6 +227,7 @@ def digits(machine: Machine, sheet: Sheet) -> None:
     done = f"{len(evaluated) * interval} of {epochs} epochs evaluated"
     speed = f", {1e3 * times[-1]:.0f} ms an iteration" if times else ""
     told = f"AP {ap:.3f}" if ap is not None else "no AP"
+    sheet.parts.append(f"AP after every {interval} epochs: {', '.join(f'{x:.3f}' for x in evaluated) or 'none'}.")
     sheet.note = f"{told} after {done}{speed}, {taken:.0f} s with start and evaluations"
     if status != 0:
         sheet.fail(f"exit status {status}: {process.last_line()}")
@@ -238,5 +237,3 @@ def digits(machine: Machine, sheet: Sheet) -> None:
         raise Skipped(f"time ran out, {done}")
     elif ap is None or ap < AP:
         sheet.fail(f"AP {ap} is below {AP}")
-    if machine.cuda and torch.cuda.is_available():
-        sheet.lines += [f"AP after every {interval} epochs: {', '.join(f'{x:.3f}' for x in evaluated)}.", ""]

@@ -36,7 +36,7 @@ def waits(machine: Machine, sheet: Sheet) -> None:
     """Section 6: at most one wait per training iteration (the matching), none in inference before its results."""
     if not machine.cuda:
         raise Skipped("a CPU does not wait")
-    rows, steps = [], 3
+    rows, steps = sheet.table("", "waits per iteration", "of them", "where"), 3
     most = {"step": 1, "inference": 0}
     for name, work in (("LORS", "step"), ("plain 2x64", "inference"), ("LORS", "inference"),
                        ("LORS, served folded", "inference")):  # fmt: skip
@@ -51,13 +51,12 @@ def waits(machine: Machine, sheet: Sheet) -> None:
     runs = Runs(machine, "waits")
     file = machine.work / "waits.json"
     hook = dict(type="CountWaitsHook", file=str(file), first=10, last=20)
-    process = runs.train("work", runs.config(hook, epochs=6))
+    process = runs.train("work", runs.config(hook, epochs=6, logged=1000, trace=False))
     status = process.wait(machine.left())
     if status or not file.is_file():
         sheet.fail(f"the run ended with exit status {status}: {process.last_line()}")
     else:
         rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 1)
-    sheet.table(["", "waits per iteration", "of them", "where"], rows)
 
 
 def tell(sheet: Sheet, what: str, found: dict[str, int], steps: int, most: int) -> list[list[str]]:
@@ -83,38 +82,38 @@ def combinations(machine: Machine) -> list[tuple]:
             ("LORS", "inference", 1, 4, BF16, False),
         ]  # fmt: skip
 
-    def group(batch, queries, amp, naive=(), compiled=False) -> list[tuple]:
-        rows = [(v, "step", batch, queries, amp, compiled) for v in trained]
-        rows += [(v, "inference", batch, queries, amp, compiled) for v in served]
-        return rows + [(v, work, batch, queries, amp, compiled) for v in naive for work in ("step", "inference")]
+    def group(batch, queries, amp, naive=()) -> list[tuple]:
+        works = [*((v, "step") for v in trained), *((v, "inference") for v in served)]
+        works += [(v, work) for v in naive for work in ("step", "inference")]
+        return [(*work, batch, queries, amp, False) for work in works]
 
     naive = ("naive LORS", "naive plain 2x64")
     return [
         *group(16, 300, BF16), ("naive LORS", "step", 16, 300, BF16, False),
-        *group(2, 300, BF16, naive), *group(16, 100, BF16), *group(16, 300, None), *group(2, 300, None, naive),
+        *group(2, 300, BF16, naive), *group(16, 300, None),
         ("LORS", "step", 16, 300, BF16, True), ("LORS, served folded", "inference", 16, 300, BF16, True),
-        ("plain 2x64", "step", 16, 300, BF16, True), ("LORS", "step", 2, 300, BF16, True),
+        *group(16, 100, BF16), *group(2, 300, None, naive), ("LORS", "step", 2, 300, BF16, True),
         *group(2, 100, BF16, naive), *group(16, 100, None), *group(2, 100, None, naive),
     ]  # fmt: skip
 
 
 def speed(machine: Machine, sheet: Sheet) -> None:
     """Section 7: images per second and peak memory of the whole R50 detector."""
-    rows, results = [], {}
+    results = sheet.figures
     width, height = size(machine)
-    sheet.lines += [
+    sheet.parts.append(
         f"R50, {height} x {width} pixels; a step is forward, backward and AdamW; peak is of allocated memory. "
         f"TF32 in convolutions: {torch.backends.cudnn.allow_tf32}; in products: "
-        f"{torch.backends.cuda.matmul.allow_tf32} (PyTorch's defaults). Median of at most 10, after 3.",
-        "",
-    ]
-    slowest = 0.0
+        f"{torch.backends.cuda.matmul.allow_tf32} (PyTorch's defaults). Median of at most 10, after 3."
+    )
+    rows = sheet.table("variant", "work", "batch", "queries", "precision", "sampling", "images/s", "ms", "peak, GB")
+    # What comes next may take as long as what took longest; six stages, twice as long to compile as three.
+    slowest, compilation = 0.0, 2 * machine.figure("compile", "first step", 20.0)
     for row in combinations(machine):
         name, work, batch, queries, amp, compiled = row
         label = [name, work, str(batch), str(queries), name_of(amp) + (", compiled" if compiled else "")]
         begin = time.monotonic()
-        # Compilation of six stages takes longer than anything else.
-        if machine.left() < (3 if machine.tiny else max(slowest, 40 if compiled else 0)):
+        if machine.left() < (3 if machine.tiny else slowest + compiled * compilation):
             found = dict(result="not run")
         else:
             found = speed_of(machine, *row)
@@ -124,9 +123,6 @@ def speed(machine: Machine, sheet: Sheet) -> None:
         results[", ".join(label)] = found
         told = [f"{found[key]:.3g}" if key in found else "" for key in ("images/s", "ms", "peak GB")]
         rows.append([*label, found.get("sampling", ""), *(told if "ms" in found else [found["result"], "", ""])])
-        sheet.figures.update(results)
-    header = ["variant", "work", "batch", "queries", "precision", "sampling", "images/s", "ms", "peak, GB"]
-    sheet.table(header, rows)
     timed = {label: found for label, found in results.items() if "ms" in found}
     first = next(iter(timed), "")
     sheet.note = f"{len(timed)} of {len(results)} timed"
@@ -170,7 +166,11 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
     """Section 8: the decoder's products over its time, as a share of the card's matrix product."""
     batch, queries = (1, 4) if machine.tiny else (16, 300)
     width, height = size(machine)
-    rows = []
+    sheet.parts.append(
+        f"The decoder alone on random levels, batch {batch}, {queries} queries. Operations: 2 for every multiply-add "
+        "of its products as mmdet_lors/analysis/complexity.py counts them, times 3 for forward + backward."
+    )
+    rows = sheet.table("variant", "work", "precision", "ms", "TFLOP/s", "of the 8192 product's")
     for name in ("LORS", "plain 2x64", "naive LORS")[: 1 if machine.tiny else 3]:
         products = decoder_products(name, queries, (width, height))
         for amp in (BF16, None):
@@ -195,12 +195,6 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
                 sheet.note = (
                     sheet.note or f"{variant}, {work}, {name_of(amp)}: {100 * share:.1f} % of the matrix product"
                 )
-    sheet.lines += [
-        f"The decoder alone on random levels, batch {batch}, {queries} queries. Operations: 2 for every multiply-add "
-        "of its products as mmdet_lors/analysis/complexity.py counts them, times 3 for forward + backward.",
-        "",
-    ]
-    sheet.table(["variant", "work", "precision", "ms", "TFLOP/s", "of the 8192 product's"], rows)
 
 
 def decoder_products(name: str, queries: int, image: tuple[int, int]) -> int:
@@ -235,10 +229,9 @@ def profile(machine: Machine, sheet: Sheet) -> None:
     busy, launches = sum(spent.values()), sum(count.values()) / steps
     sheet.figures.update(wall_ms=1e3 * wall, busy_ms=busy, launches=launches, kernels=dict(spent))
     sheet.note = f"{launches:.0f} launches a step, GPU busy {100 * busy / wall / 1e3:.0f} % of {1e3 * wall:.0f} ms"
-    sheet.lines += [f"LORS, R50, batch 16, 300 queries, bfloat16: {sheet.note}.", ""]
+    sheet.parts.append(f"LORS, R50, batch 16, 300 queries, bfloat16: {sheet.note}.")
     largest = sorted(spent, key=spent.get, reverse=True)[:25]
-    rows = []
+    rows = sheet.table("kernel", "launches a step", "ms a step", "share")
     for kernel in largest:
         shown, share = kernel[:110].replace("|", "/"), spent[kernel] / busy
         rows.append([f"`{shown}`", f"{count[kernel] / steps:.0f}", f"{spent[kernel]:.2f}", f"{100 * share:.1f} %"])
-    sheet.table(["kernel", "launches a step", "ms a step", "share"], rows)
