@@ -99,24 +99,36 @@ class Machine:
         """What an earlier section measured."""
         return self.sheets[section].figures.get(name, default) if section in self.sheets else default
 
-    def median_time(self, call: Callable[[], object], turns: int = 10, warm_up: int = 3, most: float = 5.0) -> float:
-        """Median seconds of a call; fewer turns, at least 3, once they have taken ``most`` seconds."""
+    def median_time(
+        self, call: Callable[[], object], turns: int = 10, warm_up: int = 3, most: float = 5.0, repeats: int = 1
+    ) -> float:
+        """Median seconds of a call; fewer turns, at least 3, once they have taken ``most`` seconds.
+
+        Args:
+            call: what is timed.
+            turns: how often.
+            warm_up: earlier calls.
+            most: seconds.
+            repeats: calls in a row of each turn, of which the mean counts.
+        """
         for _ in range(warm_up):
-            seconds(call, self.device)
+            call()
         taken: list[float] = []
-        while len(taken) < turns and (len(taken) < 3 or sum(taken) < most):
-            taken.append(self._timed(call))
+        while len(taken) < turns and (len(taken) < 3 or sum(taken) * repeats < most):
+            taken.append(self._timed(call, repeats))
         return median(taken)
 
-    def _timed(self, call: Callable[[], object]) -> float:
+    def _timed(self, call: Callable[[], object], repeats: int) -> float:
         if not self.cuda:
-            return seconds(call, self.device)
+            return seconds(call, self.device, repeats)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         begin.record()
-        call()
+        for _ in range(repeats):
+            call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 / repeats
 
     def back_ends(self) -> list[str]:
         """The sampling back ends that run here."""

@@ -56,6 +56,6 @@ class DisturbHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Disturb."""
         if runner.iter == self.raise_scale_at:
-            runner.optim_wrapper.loss_scaler.update(2.0**28)
+            runner.optim_wrapper.loss_scaler.update(2.0**34)
         if runner.iter == self.nan_at:
             runner.model.decoder.stages[0].ffn.register_forward_hook(lambda m, x, out: out * float("nan"))

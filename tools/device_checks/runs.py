@@ -195,10 +195,12 @@ def loss_scaler(machine: Machine, sheet: Sheet) -> None:
     sheet.figures.update(status=status, trace=trace, skipped=skipped, message=message)
     if not skipped or len(trace) < nan_at:
         sheet.fail(f"{len(trace)} iterations, {skipped} skipped: {message}")
-    elif status != 1 or not re.match(rf"error: loss is nan at epoch 11, iteration {nan_at + 1}, on images", message):
+    elif status != 1 or not re.match(
+        rf"error: .* at epoch 11, iteration {nan_at + 1}, on images .*; first non-finite: ", message
+    ):
         sheet.fail(f"exit status {status}: {message}")
     else:
-        sheet.note = f"{skipped} steps skipped from a scale of 2**28, NaN stopped iteration {nan_at + 1}"
+        sheet.note = f"{skipped} steps skipped from a scale of 2**34, NaN stopped iteration {nan_at + 1}"
 
 
 def digits(machine: Machine, sheet: Sheet) -> None:
