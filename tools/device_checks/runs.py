@@ -39,7 +39,7 @@ class Process:
     """A tool that runs; its output goes to a file."""
 
     def __init__(self, command: list[str], log: Path, machine: Machine) -> None:
-        self.log = log
+        self.log, self.folder = log, str(machine.work)
         paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -86,8 +86,9 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def last_line(self) -> str:
-        """The last line that it has printed."""
-        return ([line.strip() for line in self.output().splitlines() if line.strip()] or ["no output"])[-1][:300]
+        """The last line that it has printed, without the folder's name."""
+        lines = [line.strip() for line in self.output().splitlines() if line.strip()] or ["no output"]
+        return lines[-1].replace(self.folder, "")[:2000]
 
 
 class Runs:
