@@ -187,7 +187,7 @@ def sampling_speed(machine: Machine, sheet: Sheet, wrong: set[str]) -> None:
                 out = forward()
                 cell = (channels // groups) * held.features[0].element_size() * 16
                 floor = at.shape[:-1].numel() * (cell + (channels // groups) * out.element_size())
-                taken = [machine.median_time(call, turns, most=0.5, repeats=repeats) for call in (forward, both)]
+                taken = [machine.median_time(call, turns, most=0.2, repeats=repeats) for call in (forward, both)]
                 times[f"{groups}x{points}, {queries}, {name_of(dtype)}, {backend}"] = dict(
                     forward=taken[0], both=taken[1], floor_bytes=floor
                 )

@@ -22,6 +22,11 @@ from .waits import counted
 BF16 = torch.bfloat16
 
 
+def short(x: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
+
+
 def best_sampling(machine: Machine, amp: torch.dtype | None) -> str:
     """The back end that section 3 found fastest, or what the decoder chooses."""
     return machine.figure("sampling", "fastest", {}).get(name_of(amp), "auto")
@@ -33,7 +38,7 @@ def size(machine: Machine) -> tuple[int, int]:
 
 
 def waits(machine: Machine, sheet: Sheet) -> None:
-    """Section 6: at most one wait per training iteration (the matching), none in inference before its results."""
+    """Section 6: a step waits once, in the matching; a run once more, for the NaN watch; inference not at all."""
     if not machine.cuda:
         raise Skipped("a CPU does not wait")
     rows, steps = sheet.table("", "waits per iteration", "of them", "where"), 3
@@ -56,7 +61,7 @@ def waits(machine: Machine, sheet: Sheet) -> None:
     if status or not file.is_file():
         sheet.fail(f"the run ended with exit status {status}: {process.last_line()}")
     else:
-        rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 1)
+        rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 2)
 
 
 def tell(sheet: Sheet, what: str, found: dict[str, int], steps: int, most: int) -> list[list[str]]:
@@ -121,7 +126,7 @@ def speed(machine: Machine, sheet: Sheet) -> None:
         if found["result"].startswith("failed"):
             sheet.fail(f"{', '.join(label)}: {found['result']}")
         results[", ".join(label)] = found
-        told = [f"{found[key]:.3g}" if key in found else "" for key in ("images/s", "ms", "peak GB")]
+        told = [short(found[key]) if key in found else "" for key in ("images/s", "ms", "peak GB")]
         rows.append([*label, found.get("sampling", ""), *(told if "ms" in found else [found["result"], "", ""])])
     timed = {label: found for label, found in results.items() if "ms" in found}
     first = next(iter(timed), "")
@@ -191,7 +196,7 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
                     found, operations_per_second=done, share=share
                 )
                 rows.append(
-                    [variant, work, name_of(amp), f"{found['ms']:.3g}", f"{done / 1e12:.3g}", f"{100 * share:.1f} %"]
+                    [variant, work, name_of(amp), short(found["ms"]), f"{done / 1e12:.3g}", f"{100 * share:.1f} %"]
                 )
                 sheet.note = (
                     sheet.note or f"{variant}, {work}, {name_of(amp)}: {100 * share:.1f} % of the matrix product"
