@@ -56,6 +56,7 @@ class StopOnNonFiniteHook(Hook):
         self.failed = self.skipped = 0
         self.norm: float | Tensor | None = None
         self.log_vars: dict[str, Any] = {}
+        self.on_host: dict[str, Any] | None = None
         self.batch, self.batch_idx, self.random_state = None, 0, None
 
     def before_train(self, runner: Runner) -> None:
@@ -87,7 +88,8 @@ class StopOnNonFiniteHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Store what is needed to run this step again."""
-        self.norm, self.log_vars, self.batch, self.batch_idx = None, {}, data_batch, batch_idx
+        self.norm, self.log_vars, self.on_host = None, {}, None
+        self.batch, self.batch_idx = data_batch, batch_idx
         self.random_state = random_state()
         # A single forward pass on NaN corrupts running statistics for good.
         self.buffers = [buffer.clone() for buffer in runner.model.buffers()] if self.patience > 1 else []
@@ -137,6 +139,7 @@ class StopOnNonFiniteHook(Hook):
             self.norm = float(host.pop(None))
             runner.message_hub.update_scalar("train/grad_norm", self.norm)
         log_vars.update(host)
+        self.on_host = log_vars
 
     def _watched(self, runner: Runner, train_step: Callable) -> Callable:
         """Read what is to be logged at once. Report a step that fails by its images, and by NaN if that is why.
@@ -147,7 +150,8 @@ class StopOnNonFiniteHook(Hook):
         def step(*args, **kwargs):
             try:
                 outputs = train_step(*args, **kwargs)
-                self._read(runner, outputs or {})  # what no update has read
+                if outputs is not self.on_host:  # nothing was updated
+                    self._read(runner, outputs or {})
                 return outputs
             except (UserError, torch.OutOfMemoryError, MemoryError):
                 raise
