@@ -337,6 +337,21 @@ def test_no_venv_keeps_an_mmcv_that_loads(trial):
     assert trial.builds() == 1
 
 
+def test_no_venv_builds_the_cuda_operators_that_are_asked_for(trial):
+    activate(trial, "2.6.0")
+    info = trial.site / "mmcv-2.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n")
+    (trial.site / "mmcv").mkdir()
+    (trial.site / "mmcv" / "__init__.py").write_text("")
+    settings = dict(TORCH="2.6.0", MMCV_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    for version, builds in (("13.0", 0), ("not available", 1)):
+        (trial.site / "mmcv" / "ops.py").write_text(f"def get_compiling_cuda_version(): return {version!r}")
+        trial.site.parents[2].joinpath("mmdet_lors.stamp").unlink(missing_ok=True)
+        assert trial.run("--no-venv", **settings).returncode == 0
+        assert trial.builds() == builds
+
+
 def requirements(python: str) -> dict[str, Requirement]:
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
     wanted = [Requirement(line) for line in lines]

@@ -347,7 +347,10 @@ def mmcv_stays(key: str, no_venv: bool) -> bool:
     if not no_venv or not mmcv_key().startswith("foreign"):
         return mmcv_key() == key
     bound = next(b for b in bounds() if b.startswith("mmcv"))
-    return satisfied(bound) and not import_error("import mmcv.ops")
+    wanted = "import mmcv.ops"
+    if os.environ.get("MMCV_CUDA") == "1":
+        wanted += "; assert mmcv.ops.get_compiling_cuda_version() != 'not available'"
+    return satisfied(bound) and not import_error(wanted)
 
 
 def install_mmcv(no_venv: bool) -> None:

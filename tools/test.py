@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmdet.evaluation import DumpDetResults
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -12,7 +13,7 @@ from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
-from mmdet_lors.engine.config_check import check_config
+from mmdet_lors.engine.config_check import check_config, check_operators
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device
 from mmdet_lors.engine.new_style import type_name
@@ -106,12 +107,15 @@ def main() -> None:
     if is_first_process():
         check_config(cfg, ("test",))
         check_inputs(cfg, ("test",))
-        check_fit(build_without_weights(cfg.model), read_checkpoint(args.checkpoint), args.checkpoint)
+        model = build_without_weights(cfg.model)
+        check_fit(model, read_checkpoint(args.checkpoint), args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         draw(cfg, args)
     if args.tta:
         augment(cfg)
+    if is_first_process():
+        check_operators(model, cfg.model, get_device())
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

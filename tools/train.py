@@ -13,7 +13,7 @@ from mmdet_lors.datasets.evaluation import use_evaluated_data_hook
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint.reading import check_fit
 from mmdet_lors.engine.checkpoint.safe_loading import hand_over
-from mmdet_lors.engine.config_check import check_config
+from mmdet_lors.engine.config_check import check_config, check_operators
 from mmdet_lors.engine.launch import add_common_options, is_first_process, load_config, run
 from mmdet_lors.engine.machine import use_device
 from mmdet_lors.engine.processes.stop import Stopped, stop_at_once
@@ -79,6 +79,7 @@ def prepare(args: argparse.Namespace) -> Config:
     if is_first_process():
         check_inputs(cfg, ("train", "val"))
         model = build_without_weights(cfg.model)
+        check_operators(model, cfg.model, get_device(), training=True)
     start = choose_start(cfg, args.resume)
     if start.checkpoint is not None:
         if is_first_process():

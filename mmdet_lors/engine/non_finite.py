@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import islice
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import BatchSampler
 
@@ -29,9 +31,10 @@ SHOWN = 8
 class StopOnNonFiniteHook(Hook):
     """Watches the loss and gradient norm of every training step.
 
-    A step whose gradient is not finite updates nothing. All processes stop together after ``patience`` steps in a row
-    with a non-finite loss or gradient. A loss scaler (``AmpOptimWrapper``) finds its scale by steps with a finite loss
-    and a gradient that overflows: such steps have their own limit.
+    A step whose gradient is not finite updates nothing. The host has to know that before the optimizer's step: there it
+    waits for the device, once per update, and all that is logged comes in the same transfer. All processes stop
+    together after ``patience`` steps in a row with a non-finite loss or gradient. A loss scaler (``AmpOptimWrapper``)
+    finds its scale by steps with a finite loss and a gradient that overflows: such steps have their own limit.
 
     ``grad_norm`` is logged even if the optimizer wrapper has no ``clip_grad``.
 
@@ -51,7 +54,9 @@ class StopOnNonFiniteHook(Hook):
                 raise UserError(f"StopOnNonFiniteHook.{name} must be 1 or more, got {value!r}")
         self.patience, self.max_skipped_steps = patience, max_skipped_steps
         self.failed = self.skipped = 0
-        self.norm: float | None = None
+        self.norm: float | Tensor | None = None
+        self.log_vars: dict[str, Any] = {}
+        self.on_host: dict[str, Any] | None = None
         self.batch, self.batch_idx, self.random_state = None, 0, None
 
     def before_train(self, runner: Runner) -> None:
@@ -62,44 +67,92 @@ class StopOnNonFiniteHook(Hook):
         """
         if not hasattr(runner.optim_wrapper, "optimizer"):
             raise UserError("StopOnNonFiniteHook watches one optimizer; optim_wrapper has several")
-        self.handle = runner.optim_wrapper.optimizer.register_step_pre_hook(
+        wrapper, model = runner.optim_wrapper, _bare(runner)
+        self.handle = wrapper.optimizer.register_step_pre_hook(
             lambda optimizer, *_: self._before_step(runner, optimizer)
         )
         runner.model.train_step = self._watched(runner, runner.model.train_step)
+        if hasattr(model, "parse_losses"):
+            model.parse_losses = self._noting_losses(model.parse_losses)
+        if wrapper.clip_grad_kwargs:
+            wrapper.clip_func = self._noting_norm(wrapper.clip_func)
 
     def after_train(self, runner: Runner) -> None:
         """Stop watching."""
         self.handle.remove()
+        wrapper, model = runner.optim_wrapper, _bare(runner)
         del runner.model.train_step
+        vars(model).pop("parse_losses", None)
+        if wrapper.clip_grad_kwargs:
+            wrapper.clip_func = wrapper.clip_func.__wrapped__
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Store what is needed to run this step again."""
-        self.norm, self.batch, self.batch_idx = None, data_batch, batch_idx
+        self.norm, self.log_vars, self.on_host = None, {}, None
+        self.batch, self.batch_idx = data_batch, batch_idx
         self.random_state = random_state()
         # A single forward pass on NaN corrupts running statistics for good.
         self.buffers = [buffer.clone() for buffer in runner.model.buffers()] if self.patience > 1 else []
 
+    def _noting_losses(self, parse_losses: Callable) -> Callable:
+        """Keep what is to be logged, in the very dict that the training step returns."""
+
+        @wraps(parse_losses)
+        def noting(losses):
+            loss, self.log_vars = parse_losses(losses)
+            return loss, self.log_vars
+
+        return noting
+
+    def _noting_norm(self, clip: Callable) -> Callable:
+        """Keep the norm, and from mmengine, which would wait for its value."""
+
+        @wraps(clip)
+        def noting(*args, **kwargs):
+            self.norm = clip(*args, **kwargs)
+
+        return noting
+
     def _before_step(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
-        """Record the norm, and drop non-finite gradients: an optimizer then changes neither weights nor its state."""
-        wrapper = runner.optim_wrapper
-        if wrapper.clip_grad_kwargs and wrapper.grad_name == "grad_norm":
-            self.norm = float(wrapper.message_hub.get_scalar("train/grad_norm").current())
-        else:
+        """Read the norm, and drop non-finite gradients: an optimizer then changes neither weights nor its state."""
+        if self.norm is None:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             scale = getattr(optimizer, "grad_scale", None)
             if scale is not None:  # a fused optimizer with a loss scaler divides by the scale only later
                 grads = [grad / scale.to(grad.device) for grad in grads]
-            self.norm = float(get_total_norm(grads))
-            wrapper.message_hub.update_scalar("train/grad_norm", self.norm)
+            self.norm = get_total_norm(grads)
+        self._read(runner, self.log_vars)
         if not math.isfinite(self.norm):
             optimizer.zero_grad(set_to_none=True)
 
+    def _read(self, runner: Runner, log_vars: dict[str, Any]) -> None:
+        """Bring the norm and the tensors that are to be logged to the host, in one transfer."""
+        norm = {} if self.norm is None or isinstance(self.norm, float) else {None: self.norm}
+        tensors = norm | {key: value for key, value in log_vars.items() if isinstance(value, Tensor)}
+        here = next(iter(tensors.values())).device if tensors else None
+        tensors = {key: value for key, value in tensors.items() if value.numel() == 1 and value.device == here}
+        if not tensors:
+            return
+        # On the CPU they stay tensors, as other hooks expect.
+        host = dict(zip(tensors, torch.cat([t.detach().reshape(1) for t in tensors.values()]).cpu(), strict=True))
+        if norm:
+            self.norm = float(host.pop(None))
+            runner.message_hub.update_scalar("train/grad_norm", self.norm)
+        log_vars.update(host)
+        self.on_host = log_vars
+
     def _watched(self, runner: Runner, train_step: Callable) -> Callable:
-        """Report a step that fails, as Hungarian matching does on NaN, by its images, and by NaN if that is why."""
+        """Read what is to be logged at once. Report a step that fails by its images, and by NaN if that is why.
+
+        Hungarian matching fails on NaN.
+        """
 
         def step(*args, **kwargs):
             try:
-                return train_step(*args, **kwargs)
+                outputs = train_step(*args, **kwargs)
+                if outputs is not self.on_host:  # nothing was updated
+                    self._read(runner, outputs or {})
+                return outputs
             except (UserError, torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:
@@ -161,7 +214,7 @@ class StopOnNonFiniteHook(Hook):
     def _find(self, runner: Runner) -> list[str]:
         """Run the step again, with the same random numbers."""
         set_random_state(self.random_state)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = _bare(runner)
         scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
         context = runner.optim_wrapper.optim_context(model)
         return first_non_finite(model, self.batch, context, scaler.get_scale() if scaler else 1.0)
@@ -191,6 +244,11 @@ class StopOnNonFiniteHook(Hook):
         indices = next(islice(batches, self.batch_idx, None), [])
         name = getattr(loader.dataset, "image_name", lambda index: f"at place {index}")
         return [name(index) for index in indices]
+
+
+def _bare(runner: Runner) -> nn.Module:
+    """The model without what wraps it for distributed training."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _anywhere(*flags: bool) -> list[bool]:

@@ -22,6 +22,7 @@ from mmdet_lors.datasets.exif import STORED
 from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.engine.build import build_without_weights, one_at_a_time
 from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
+from mmdet_lors.engine.config_check import check_operators
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import usable
 from mmdet_lors.engine.new_style import classic
@@ -273,6 +274,7 @@ class Inferencer(DetInferencer):
         meant = build_without_weights(cfg.model)
         if not isinstance(meant, BaseDetector):
             raise UserError(f"model.type {cfg.model.type} is not a detector: it predicts no boxes")
+        check_operators(meant, cfg.model, device)
         state_dict, meta = read_weights(weights, meant)
         if not {"dataset_meta", "CLASSES"} & set(meta):
             meta["dataset_meta"] = DATASETS.build(dict(cfg.test_dataloader.dataset, lazy_init=True)).metainfo

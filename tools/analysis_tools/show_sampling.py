@@ -35,6 +35,7 @@ from mmdet_lors.adamixer.sampling_backends import level_weights
 from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
+from mmdet_lors.engine.config_check import check_operators
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 
@@ -278,7 +279,9 @@ def load(cfg: Config, checkpoint: str) -> tuple[QueryBased, Sequence[str] | None
     weights, meta = read_weights(checkpoint, model)
     model.load_state_dict(weights)
     model.cfg = cfg
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_operators(model, cfg.model, device)
+    model.to(device).eval()
     return model, meta.get("dataset_meta", {}).get("classes")
 
 

@@ -4,7 +4,9 @@ model = dict(
     type="PELADistiller",
     teacher=dict(
         type="TimmClassifier",
-        data_preprocessor=dict(type="ImgDataPreprocessor", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]),
+        data_preprocessor=dict(
+            type="ImgDataPreprocessor", mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], non_blocking=True
+        ),
         network=dict(),
         num_classes=1000,
         label_smoothing=0.1,
