@@ -5,8 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import LORS_DIGITS, load_config, random_lors
+from golden import load, model_config, relative_error, samples
 from mmdet.registry import MODELS
-from test_golden import load, model_config, relative_error, samples
 
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.lors.serving import serve

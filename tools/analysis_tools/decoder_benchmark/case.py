@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData
 from torch import nn
 
+from mmdet_lors.adamixer.stage import StageOutput
 from mmdet_lors.analysis.timing import seconds
 from mmdet_lors.lors.serving import serve
 
@@ -69,11 +70,13 @@ class Case:
         level: 'decoder', on random feature levels, or 'detector', with its ResNet-50.
         device: 'cpu' or 'cuda'.
         stages: S; 6 in all of the paper's models.
+        amp: data type of autocast, and of random feature levels; None for float32 throughout.
+        compile, sampling: as the decoder takes them.
     """
 
     def __init__(
         self, name: str, work: str, queries: int, batch: int, size: tuple[int, int], level: str, device: str,
-        stages: int = 6,
+        stages: int = 6, amp: torch.dtype | None = None, compile: bool | dict = False, sampling: str = "auto",
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         variant = VARIANTS[name]
@@ -83,14 +86,16 @@ class Case:
         decoder = model.decoder
         decoder.stage.num_groups, decoder.stage.in_points = variant.sampling
         decoder.num_stages, decoder.lors.adaptive.groups = stages, (decoder.lors.adaptive.groups * stages)[:stages]
+        decoder.compile, decoder.sampling = compile, sampling
         for half, options in variant.options.items():
             decoder.lors[half] = options and dict(decoder.lors[half], **options)
         if not variant.lors:
             decoder.lors = None
         if variant.naive:
             decoder.type = NaiveDecoder
-        self.model = MODELS.build(model)
-        self.model.decoder.init_weights()
+        with torch.device(device):  # a GPU draws a hundred million random numbers at once
+            self.model = MODELS.build(model)
+            self.model.decoder.init_weights()
         for parameter in self.model.decoder.parameters():
             if not parameter.any():  # Zeros may be multiplied faster, and hide a path's gradient.
                 nn.init.normal_(parameter, std=0.01)
@@ -99,12 +104,13 @@ class Case:
         self.model.to(device).train(work != "inference")
         if variant.served:
             serve(self.model)
-        self.work, self.device = work, device
+        self.work, self.device, self.amp = work, device, amp
         width, height = size
         self.feats, self.images = None, None
         if level == "decoder":
             shapes = [(batch, 256, height // s, width // s) for s in decoder.featmap_strides]
-            self.feats = [torch.randn(shape, device=device, requires_grad=work != "inference") for shape in shapes]
+            options = dict(device=device, dtype=amp, requires_grad=work != "inference")
+            self.feats = [torch.randn(shape, **options) for shape in shapes]
         else:
             self.images = torch.randn(batch, 3, height, width, device=device)
         self.samples = [self._sample(width, height) for _ in range(batch)]
@@ -124,20 +130,38 @@ class Case:
         Returns:
             Seconds.
         """
-        tensors = [*self.model.parameters(), *(self.feats or ())]
-        for tensor in tensors:
+        return seconds(self.run, self.device)
+
+    def run(self) -> None:
+        """Do the work once, and do not wait for a GPU's end."""
+        for tensor in (*self.model.parameters(), *(self.feats or ())):
             tensor.grad = None
-        return seconds(self._work, self.device)
+        self._work()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, dtype=self.amp, enabled=self.amp is not None)
+
+    def _start(self) -> tuple:
+        """Feature levels, initial positions and content."""
+        feats = self.feats or self.model.extract_feat(self.images)
+        return feats, *self.model.query_generator([s.metainfo["img_shape"] for s in self.samples])
+
+    def outputs(self) -> list[StageOutput]:
+        """What every stage predicts."""
+        with torch.no_grad(), self._autocast():
+            return self.model.decoder(*self._start())
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        """Every stage's losses."""
+        with self._autocast():
+            return self.model.decoder.loss(*self._start(), self.samples)
 
     def _work(self) -> None:
-        with torch.set_grad_enabled(self.work != "inference"):
-            feats = self.feats or self.model.extract_feat(self.images)
-            queries = self.model.query_generator([s.metainfo["img_shape"] for s in self.samples])
-            if self.work == "inference":
-                self.model.decoder.predict(feats, *queries, self.samples)
-            else:
-                losses = self.model.decoder.loss(feats, *queries, self.samples)
-                sum(value for name, value in losses.items() if "loss" in name).backward()
+        if self.work == "inference":
+            with torch.no_grad(), self._autocast():
+                self.model.decoder.predict(*self._start(), self.samples)
+        else:
+            sum(value for name, value in self.losses().items() if "loss" in name).backward()
         if self.optimizer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
