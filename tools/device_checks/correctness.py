@@ -20,11 +20,6 @@ HALVES = (torch.float16, torch.bfloat16)
 STRIDES = (4, 8, 16, 32)
 
 
-def dtypes_of(backend: str) -> Sequence[torch.dtype]:
-    """The full precisions that a back end has."""
-    return (torch.float32,) if backend == "triton" else (torch.float64, torch.float32)
-
-
 def total(losses: dict[str, Tensor]) -> Tensor:
     """What is minimised."""
     return sum(value for name, value in losses.items() if "loss" in name)
@@ -39,7 +34,7 @@ def golden(machine: Machine, sheet: Sheet) -> None:
     measured = {}
     for name in golden_files.NAMES:
         for backend in machine.back_ends():
-            for dtype in dtypes_of(backend):
+            for dtype in (torch.float64, torch.float32):
                 recorded, model = golden_files.load(name)
                 model.decoder.sampling = backend
                 model.to(machine.device, dtype)
