@@ -20,8 +20,8 @@ def to_device(values: Sequence | np.ndarray, like: Tensor, dtype: torch.dtype | 
         dtype: the result's; that of ``like`` by default.
     """
     pinned = like.is_cuda and not torch.compiler.is_compiling()  # a graph that is compiled or exported has constants
-    made = torch.tensor(values, dtype=dtype or like.dtype, pin_memory=pinned)
-    return made.to(like.device, non_blocking=pinned)
+    made = torch.tensor(values, dtype=dtype or like.dtype)
+    return (made.pin_memory() if pinned else made).to(like.device, non_blocking=pinned)
 
 
 class ConstantsDoNotWait(TorchFunctionMode):

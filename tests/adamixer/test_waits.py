@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +69,7 @@ class Functions(TorchFunctionMode):
         waits = func is Tensor.new_tensor or func in MAKING and kwargs.get("device") is not None
         if func is Tensor.to and any(isinstance(a, torch.device) for a in (*args, kwargs.get("device"))):
             waits = not (self.waits.reads(args[0]) or kwargs.get("non_blocking") or _inside(to_device))
-        if (waits and not _inside_sampling()) or func in TO_HOST and self.waits.reads(args[0]):
+        if waits or func in TO_HOST and self.waits.reads(args[0]):
             self.waits.found.append(func.__name__)
         out = func(*args, **kwargs)
         if func is Tensor.cpu or func in MAKING:
@@ -87,11 +86,6 @@ def _callers() -> Iterator:
 
 def _inside(function: Callable) -> bool:
     return any(code is function.__code__ for code in _callers())
-
-
-def _inside_sampling() -> bool:
-    """The sampling's own constants: what they cost depends on the back end."""
-    return any(Path(code.co_filename).stem in ("sampling", "sampling_backends") for code in _callers())
 
 
 @contextmanager
