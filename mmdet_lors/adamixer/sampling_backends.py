@@ -78,10 +78,9 @@ def choose(device: torch.device) -> str:
     return "grid_sample"
 
 
-def level_weights(z: Tensor, strides: Tensor | Sequence[int]) -> Tensor:
-    """Softmax over levels of -(z - log2 stride_l)^2 / 2. (...) -> (..., L)."""
-    level_z = torch.as_tensor(strides, device=z.device).to(z.dtype).log2()
-    return F.softmax(-((z[..., None] - level_z) ** 2) / 2, dim=-1)
+def level_weights(z: Tensor, strides: Tensor) -> Tensor:
+    """Softmax over levels of -(z - log2 stride_l)^2 / 2. (...) and (L,) -> (..., L)."""
+    return F.softmax(-((z[..., None] - strides.to(z.dtype).log2()) ** 2) / 2, dim=-1)
 
 
 def _level_grids(levels: Tensor, xy: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def test_points_shown_are_the_points_sampled(config, picture, tmp_path, monkeypa
         assert view.points.shape == (20, *points.shape[2:])
         torch.testing.assert_close(view.points[..., :2] * scale, points[0, ..., :2])
         assert torch.equal(view.points[..., 2], points[0, ..., 2])
-        assert torch.equal(view.weights, level_weights(points[0, ..., 2], (4, 8, 16)))
+        assert torch.equal(view.weights, level_weights(points[0, ..., 2], torch.tensor([4, 8, 16])))
     assert torch.allclose(views[0].sampled_from, torch.tensor([0.0, 0.0, 60.0, 48.0]), atol=1e-3)
     for before, after in zip(views, views[1:], strict=False):
         assert torch.equal(before.predicted, after.sampled_from)

@@ -88,7 +88,7 @@ def look(model: QueryBased, image: str) -> list[StageView]:
     views = []
     for (points, xyzr), output in zip(asked, outputs, strict=True):
         points, before, after = (x[0].float().cpu() for x in (points, xyzr_to_xyxy(xyzr), output.bboxes))
-        weights = level_weights(points[..., 2], decoder.featmap_strides)
+        weights = level_weights(points[..., 2], points.new_tensor(decoder.featmap_strides))
         points = torch.cat([points[..., :2] / scale, points[..., 2:]], dim=-1)
         scores = output.cls_score[0].sigmoid().float().cpu()
         views.append(StageView(points, before / scale.repeat(2), after / scale.repeat(2), scores, weights))

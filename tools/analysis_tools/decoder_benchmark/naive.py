@@ -44,7 +44,7 @@ class NaiveDecoder(AdaMixerDecoder):
     def sample(self, feats: Sequence[Tensor], points: Tensor) -> Tensor:
         """Call grid_sample once per level, and multiply its result by the level's weight."""
         batch, _, groups, _, _ = points.shape
-        weights = level_weights(points[..., 2], self.featmap_strides)
+        weights = level_weights(points[..., 2], points.new_tensor(self.featmap_strides))
         sampled = 0
         for level, (feat, stride) in enumerate(zip(feats, self.featmap_strides, strict=True)):
             extent = points.new_tensor([feat.shape[-1] * stride, feat.shape[-2] * stride])
