@@ -125,8 +125,8 @@ class Criterion(BaseModule):
         queries, labels, targets = matching
         cls_score = output.cls_score.flatten(0, 1)
         # One-hot: of labels, mmdet's focal loss on a GPU is an operator of mmcv, which has to be compiled for CUDA.
-        classes = torch.zeros_like(cls_score)
-        classes[queries, labels] = 1
+        # ``classes[queries, labels] = 1`` would copy the 1 from the host, and wait.
+        classes = torch.zeros_like(cls_score).index_put_((queries, labels), cls_score.new_ones(()))
         bboxes = output.bboxes.flatten(0, 1).index_select(0, queries)
         size = sizes.index_select(0, queries // output.bboxes.shape[1])
         losses = dict(

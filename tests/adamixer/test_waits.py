@@ -69,12 +69,20 @@ class Functions(TorchFunctionMode):
         waits = func is Tensor.new_tensor or func in MAKING and kwargs.get("device") is not None
         if func is Tensor.to and any(isinstance(a, torch.device) for a in (*args, kwargs.get("device"))):
             waits = not (self.waits.reads(args[0]) or kwargs.get("non_blocking") or _inside(to_device))
+        if func is Tensor.__getitem__ and _has(args[1], list):
+            waits = True
+        if func is Tensor.__setitem__ and _has(args[1], Tensor) and not isinstance(args[2], Tensor):
+            waits = True
         if waits or func in TO_HOST and self.waits.reads(args[0]):
             self.waits.found.append(func.__name__)
         out = func(*args, **kwargs)
         if func is Tensor.cpu or func in MAKING:
             self.waits.on_host.append(out)
         return out
+
+
+def _has(index: object, kind: type) -> bool:
+    return any(isinstance(i, kind) for i in (index if isinstance(index, tuple) else (index,)))
 
 
 def _callers() -> Iterator:
@@ -137,7 +145,10 @@ class Count(Hook):
 
 @pytest.mark.parametrize("accumulative_counts", [1, 2])
 def test_a_run_waits_twice_an_iteration(accumulative_counts, tiny_digits, tmp_path):
-    """For the matching, and for the norm and all that is logged together."""
+    """For the matching, and for the norm and all that is logged together.
+
+    And mmengine brings an index from the host for every image, whose channels it swaps.
+    """
     cfg = load_config(LORS_DIGITS)
     cfg.train_dataloader.update(num_workers=1, batch_size=2)  # reading pictures is not counted
     cfg.train_dataloader.dataset.data_root = str(tiny_digits)
@@ -151,7 +162,7 @@ def test_a_run_waits_twice_an_iteration(accumulative_counts, tiny_digits, tmp_pa
     run.register_hook(count, priority="HIGHEST")
     assert run.model.data_preprocessor._non_blocking
     run.train()
-    assert count.waits == ["cpu", "cpu"] * 4
+    assert count.waits == ["__getitem__", "__getitem__", "cpu", "cpu"] * 4
 
 
 def test_constants_of_mmdet_are_pinned_copies():
@@ -168,9 +179,11 @@ def test_every_kind_of_wait_is_counted():
     x, mask = torch.arange(4.0), torch.tensor([True, False, True, True])
     with counted() as waits:
         x[mask], x[mask].sum().item(), bool(x[0] > 0), mask.nonzero(), x.repeat_interleave(mask.long()), x.unique()
-        x.new_tensor([1]), torch.tensor([1]).to(x.device), x.numpy(), x.tolist(), float(x.cpu()[0])
+        x.new_tensor([1]), torch.tensor([1]).to(x.device), x.numpy(), x.tolist(), float(x.cpu()[0]), x[[0, 1]]
+        x[torch.tensor([0])] = 1
     names = ["aten.index", "aten.index", "aten._local_scalar_dense", "aten._local_scalar_dense", "aten.nonzero"]
     names += ["aten.repeat_interleave", "aten._unique2", "new_tensor", "to", "numpy", "tolist", "cpu"]
+    names += ["__getitem__", "__setitem__"]
     assert waits == names
 
 
