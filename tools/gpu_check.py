@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ def conduct(name: str, machine: Machine, sheet: Sheet) -> None:
 def line(name: str, sheet: Sheet) -> str:
     """What the terminal shows of a section."""
     told = "; ".join(part for part in (sheet.why, sheet.note) if part)
-    return f"{sheet.status} {name} ({sheet.seconds:.0f} s): {told}"
+    status = sheet.status if sheet.seconds or sheet.status == "SKIPPED" else "UNFINISHED"
+    return f"{status} {name} ({sheet.seconds:.0f} s): {told}"
 
 
 def write(out: Path, command: str, machine: Machine) -> None:
@@ -149,12 +151,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as work:
         tiny = args.device.type == "cpu"
         machine = Machine(args.device, tiny, begin + 60 * args.minutes, Path(work))
+        machine.save = partial(write, args.out, command, machine)
         for name in SECTIONS:
             if name in args.sections:
                 sheet = machine.sheets[name] = Sheet()
                 conduct(name, machine, sheet)
                 print(line(name, sheet), flush=True)
-                write(args.out, command, machine)
+                machine.save()
     failed = [name for name, sheet in machine.sheets.items() if sheet.status == "FAIL"]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

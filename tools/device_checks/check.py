@@ -85,6 +85,8 @@ class Machine:
     """Of the sections so far."""
     until: float = math.inf
     """``time.monotonic()`` when the running section is over."""
+    save: Callable[[], None] = lambda: None
+    """Writes the page; called between sections, and in long ones after every row."""
 
     @property
     def cuda(self) -> bool:

@@ -193,6 +193,7 @@ def sampling_speed(machine: Machine, sheet: Sheet, wrong: set[str]) -> None:
                     f"{groups} x {points}", str(queries), name_of(dtype), backend, *(f"{t * 1e6:.0f}" for t in taken),
                     f"{floor / taken[0] / 1e9:.0f}{share}",
                 ])  # fmt: skip
+                machine.save()
     best = {}
     for dtype in ("float32", "bfloat16"):
         keys = [key for key in times if key.startswith("2x64, ") and f", {dtype}, " in key]

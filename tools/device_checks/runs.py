@@ -28,7 +28,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={data!r} + "/annotations/val.json")
 test_evaluator = val_evaluator
 train_cfg = dict(max_epochs={epochs}, val_interval={interval})
-default_hooks = dict(logger=dict(interval={logged}))
+default_hooks = dict(logger=dict(interval={logged}), checkpoint=dict(interval={saved}))
 custom_hooks = [dict(type="ServeFoldedHook"), dict(type="StopOnNonFiniteHook"), *{hooks!r}]
 """
 AP = 0.55
@@ -60,6 +60,17 @@ class Process:
             return None
         finally:
             self.kill()
+
+    def finish(self, most: float) -> int:
+        """:meth:`wait`, where running out of time ends the section.
+
+        Raises:
+            Skipped: it had to be killed.
+        """
+        status = self.wait(most)
+        if status is None:
+            raise Skipped(f"time ran out; its last line: {self.last_line()}")
+        return status
 
     def wait_for(self, condition: Callable[[], bool], most: float) -> bool:
         """Whether a condition came true before the process ended or time ran out."""
@@ -110,11 +121,11 @@ class Runs:
         return make_digits(self.machine.work / "tiny", 32, 8)
 
     def config(self, *hooks: dict, epochs: int = 2, interval: int = 1000, data: Path | None = None,
-               workers: int = 0, logged: int = 1, trace: bool = True) -> Path:  # fmt: skip
+               workers: int = 0, logged: int = 1, saved: int = 1, trace: bool = True) -> Path:  # fmt: skip
         """Write a config: the quickstart's on this data, with further hooks and a trace, which waits for the loss."""
         hooks = [*([dict(type="TraceHook", file=str(self.trace))] if trace else []), *hooks]
         path = self.folder / "config.py"
-        values = dict(epochs=epochs, interval=interval, workers=workers, logged=logged, hooks=hooks)
+        values = dict(epochs=epochs, interval=interval, workers=workers, logged=logged, saved=saved, hooks=hooks)
         path.write_text(TEXT.format(base=str(ROOT / CONFIG), data=str(data or self.data), **values))
         return path
 
@@ -148,7 +159,7 @@ def launch(machine: Machine, sheet: Sheet) -> None:
     command += ["--device", machine.device.type]
     begin = time.monotonic()
     process = Process(command, runs.folder / "log.txt", machine)
-    status, trace = process.wait(machine.left()), runs.traced()
+    status, trace = process.finish(machine.left()), runs.traced()
     sheet.figures.update(status=status, trace=trace, seconds=time.monotonic() - begin)
     if status != 0:
         sheet.fail(f"exit status {status}: {process.last_line()}")
@@ -190,7 +201,7 @@ def loss_scaler(machine: Machine, sheet: Sheet) -> None:
     runs, nan_at = Runs(machine, "scaler"), 40
     process = runs.train("work", runs.config(dict(type="DisturbHook", raise_scale_at=3, nan_at=nan_at), epochs=20),
                          "--amp", "float16")  # fmt: skip
-    status, trace = process.wait(machine.left()), runs.traced()
+    status, trace = process.finish(machine.left()), runs.traced()
     skipped = sum(b["scale"] < a["scale"] for a, b in zip(trace, trace[1:], strict=False))
     message = process.last_line()
     sheet.figures.update(status=status, trace=trace, skipped=skipped, message=message)

@@ -20,6 +20,8 @@ from .runs import Runs
 from .waits import counted
 
 BF16 = torch.bfloat16
+IMAGES = 8
+"""In a batch of the digits' config."""
 
 
 def short(x: float) -> str:
@@ -38,13 +40,16 @@ def size(machine: Machine) -> tuple[int, int]:
 
 
 def waits(machine: Machine, sheet: Sheet) -> None:
-    """Section 6: a step waits once, in the matching; a run once more, for the NaN watch; inference not at all."""
+    """Section 6: a step waits once, in the matching, and inference not at all.
+
+    A run also waits for the NaN watch, and for an index that mmengine copies for every image, to swap its channels.
+    Folded inference waits for the two comparisons of its weights.
+    """
     if not machine.cuda:
         raise Skipped("a CPU does not wait")
     rows, steps = sheet.table("", "waits per iteration", "of them", "where"), 3
-    most = {"step": 1, "inference": 0}
-    for name, work in (("LORS", "step"), ("plain 2x64", "inference"), ("LORS", "inference"),
-                       ("LORS, served folded", "inference")):  # fmt: skip
+    for name, work, most in (("LORS", "step", 1), ("plain 2x64", "inference", 0), ("LORS", "inference", 0),
+                             ("LORS, served folded", "inference", 2)):  # fmt: skip
         case = Case(name, work, 100, 2, (480, 320), "detector", str(machine.device), amp=BF16,
                     sampling=best_sampling(machine, BF16))  # fmt: skip
         case()
@@ -52,16 +57,16 @@ def waits(machine: Machine, sheet: Sheet) -> None:
         with counted() as found:
             for _ in range(steps):
                 case.run()
-        rows += tell(sheet, f"{name}, {work}", found, steps, most[work])
+        rows += tell(sheet, f"{name}, {work}", found, steps, most)
     runs = Runs(machine, "waits")
     file = machine.work / "waits.json"
     hook = dict(type="CountWaitsHook", file=str(file), first=10, last=20)
-    process = runs.train("work", runs.config(hook, epochs=6, logged=1000, trace=False))
-    status = process.wait(machine.left())
+    process = runs.train("work", runs.config(hook, epochs=6, logged=1000, saved=1000, trace=False))
+    status = process.finish(machine.left())
     if status or not file.is_file():
         sheet.fail(f"the run ended with exit status {status}: {process.last_line()}")
     else:
-        rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 2)
+        rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 2 + IMAGES)
 
 
 def tell(sheet: Sheet, what: str, found: dict[str, int], steps: int, most: int) -> list[list[str]]:
@@ -128,6 +133,7 @@ def speed(machine: Machine, sheet: Sheet) -> None:
         results[", ".join(label)] = found
         told = [short(found[key]) if key in found else "" for key in ("images/s", "ms", "peak GB")]
         rows.append([*label, found.get("sampling", ""), *(told if "ms" in found else [found["result"], "", ""])])
+        machine.save()
     timed = {label: found for label, found in results.items() if "ms" in found}
     first = next(iter(timed), "")
     sheet.note = f"{len(timed)} of {len(results)} timed"

@@ -18,6 +18,7 @@ MESSAGE = "called a synchronizing CUDA operation"
 def place(stack: list[traceback.FrameSummary]) -> str:
     """The innermost line of the project outside this folder, and the innermost of all if that is another."""
     frames = [f for f in stack if Path(f.filename).parent != HERE and Path(f.filename).name != "warnings.py"]
+    frames = [f for f in frames if f.name != "__torch_function__"]  # through which every call passes
     ours = [f for f in frames if ROOT in Path(f.filename).parents and ".venv" not in f.filename]
     named = [_name(frames[-1])] if frames else []
     if ours:
