@@ -322,12 +322,18 @@ def test_no_venv_replaces_what_is_too_old(trial):
     assert "torch==2.11.0" in added and not any(line.startswith("torch==") for line in kept)
 
 
-def test_no_venv_keeps_an_mmcv_that_loads(trial):
-    activate(trial, "2.6.0")
+def foreign_mmcv(trial):
+    """An mmcv that the set-up has not built; its ``ops`` are the test's."""
     info = trial.site / "mmcv-2.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n")
     (trial.site / "mmcv").mkdir()
+    (trial.site / "mmcv" / "__init__.py").write_text("")
+
+
+def test_no_venv_keeps_an_mmcv_that_loads(trial):
+    activate(trial, "2.6.0")
+    foreign_mmcv(trial)
     (trial.site / "mmcv" / "ops.py").write_text("")
     assert trial.run("--no-venv", TORCH="2.6.0").returncode == 0
     assert trial.builds() == 0
@@ -339,11 +345,7 @@ def test_no_venv_keeps_an_mmcv_that_loads(trial):
 
 def test_no_venv_builds_the_cuda_operators_that_are_asked_for(trial):
     activate(trial, "2.6.0")
-    info = trial.site / "mmcv-2.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mmcv\nVersion: 2.1.0\n")
-    (trial.site / "mmcv").mkdir()
-    (trial.site / "mmcv" / "__init__.py").write_text("")
+    foreign_mmcv(trial)
     settings = dict(TORCH="2.6.0", MMCV_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
     for version, builds in (("13.0", 0), ("not available", 1)):
         (trial.site / "mmcv" / "ops.py").write_text(f"def get_compiling_cuda_version(): return {version!r}")

@@ -24,17 +24,23 @@ def _level_weights(z, levels, L: tl.constexpr):
 
 
 @triton.jit
-def _corners(x, y, width, height, first):
-    """The cell above and to the left, the shares of its right and lower neighbours, and which of the four exist.
+def _read(levels, level, x, y, z, most, total):
+    """Of one level: width, stride, distance of z, weight; of each point: where its four cells are, and which exist.
 
-    Compared as floating-point numbers: a position far outside, or NaN, is never turned into an address.
+    Where: the cell above and to the left, and the shares of its right and lower neighbours. Compared as floating-point
+    numbers: a position far outside, or NaN, is never turned into an address.
     """
+    width, height = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
+    stride, first = tl.load(levels + 4 * level + 2), tl.load(levels + 4 * level + 3)
+    distance = z - tl.log2(stride.to(z.dtype))
+    weight = tl.exp(-distance * distance / 2 - most) / total
+    x, y = x / stride.to(x.dtype) - 0.5, y / stride.to(x.dtype) - 0.5
     left, top = tl.floor(x), tl.floor(y)
     x0, x1 = (left >= 0) & (left < width), (left >= -1) & (left < width - 1)
     y0, y1 = (top >= 0) & (top < height), (top >= -1) & (top < height - 1)
     inside = (x0 | x1) & (y0 | y1)
     cell = first + tl.where(inside, top, 0).to(tl.int32) * width + tl.where(inside, left, 0).to(tl.int32)
-    return cell, x - left, y - top, x0 & y0, x1 & y0, x0 & y1, x1 & y1
+    return width, stride, distance, weight, cell, x - left, y - top, x0 & y0, x1 & y0, x0 & y1, x1 & y1
 
 
 @triton.jit
@@ -59,12 +65,8 @@ def _forward(
     channel = tl.arange(0, WIDTH)[None, :]
     sampled = tl.zeros((M, WIDTH), dtype=z.dtype)
     for level in tl.static_range(L):
-        width, height = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
-        stride, first = tl.load(levels + 4 * level + 2), tl.load(levels + 4 * level + 3)
-        distance = z - tl.log2(stride.to(z.dtype))
-        weight = tl.exp(-distance * distance / 2 - most) / total
-        cell, right, low, i00, i01, i10, i11 = _corners(
-            x / stride.to(x.dtype) - 0.5, y / stride.to(x.dtype) - 0.5, width, height, first
+        width, stride, distance, weight, cell, right, low, i00, i01, i10, i11 = _read(
+            levels, level, x, y, z, most, total
         )
         address = table + (row + cell * (G * C))[:, None] + channel
         wanted = exists[:, None] & (channel < C)
@@ -95,12 +97,8 @@ def _backward(
     # d/dz sum_l w_l s_l = sum_l w_l s_l t_l - (sum_l w_l s_l) (sum_l w_l t_l).
     ws, wst, wt = z * 0, z * 0, z * 0
     for level in tl.static_range(L):
-        width, height = tl.load(levels + 4 * level), tl.load(levels + 4 * level + 1)
-        stride, first = tl.load(levels + 4 * level + 2), tl.load(levels + 4 * level + 3)
-        distance = z - tl.log2(stride.to(z.dtype))
-        weight = tl.exp(-distance * distance / 2 - most) / total
-        cell, right, low, i00, i01, i10, i11 = _corners(
-            x / stride.to(x.dtype) - 0.5, y / stride.to(x.dtype) - 0.5, width, height, first
+        width, stride, distance, weight, cell, right, low, i00, i01, i10, i11 = _read(
+            levels, level, x, y, z, most, total
         )
         here = (row + cell * (G * C))[:, None] + channel
         m00, m01, m10, m11 = wanted & i00[:, None], wanted & i01[:, None], wanted & i10[:, None], wanted & i11[:, None]

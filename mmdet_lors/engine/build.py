@@ -8,6 +8,7 @@ from threading import RLock
 from typing import Any, ParamSpec, TypeVar
 
 from mmdet.registry import MODELS, TASK_UTILS
+from mmengine.model import is_model_wrapper
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +19,11 @@ from .new_style import type_name
 
 _P, _T = ParamSpec("_P"), TypeVar("_T")
 _building = RLock()
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without what wraps it for distributed training."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -12,14 +12,14 @@ from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, all_reduce, get_rank, is_distributed
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import BatchSampler
 
 from mmdet_lors.errors import UserError
 
+from .build import bare
 from .first_non_finite import first_non_finite
 from .random_state import random_state, set_random_state
 
@@ -67,7 +67,7 @@ class StopOnNonFiniteHook(Hook):
         """
         if not hasattr(runner.optim_wrapper, "optimizer"):
             raise UserError("StopOnNonFiniteHook watches one optimizer; optim_wrapper has several")
-        wrapper, model = runner.optim_wrapper, _bare(runner)
+        wrapper, model = runner.optim_wrapper, bare(runner.model)
         self.handle = wrapper.optimizer.register_step_pre_hook(
             lambda optimizer, *_: self._before_step(runner, optimizer)
         )
@@ -80,7 +80,7 @@ class StopOnNonFiniteHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Stop watching."""
         self.handle.remove()
-        wrapper, model = runner.optim_wrapper, _bare(runner)
+        wrapper, model = runner.optim_wrapper, bare(runner.model)
         del runner.model.train_step
         vars(model).pop("parse_losses", None)
         if wrapper.clip_grad_kwargs:
@@ -214,7 +214,7 @@ class StopOnNonFiniteHook(Hook):
     def _find(self, runner: Runner) -> list[str]:
         """Run the step again, with the same random numbers."""
         set_random_state(self.random_state)
-        model = _bare(runner)
+        model = bare(runner.model)
         scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
         context = runner.optim_wrapper.optim_context(model)
         return first_non_finite(model, self.batch, context, scaler.get_scale() if scaler else 1.0)
@@ -244,11 +244,6 @@ class StopOnNonFiniteHook(Hook):
         indices = next(islice(batches, self.batch_idx, None), [])
         name = getattr(loader.dataset, "image_name", lambda index: f"at place {index}")
         return [name(index) for index in indices]
-
-
-def _bare(runner: Runner) -> nn.Module:
-    """The model without what wraps it for distributed training."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _anywhere(*flags: bool) -> list[bool]:

@@ -6,7 +6,7 @@ from functools import partial
 
 import golden as golden_files
 import torch
-from analysis_tools.decoder_benchmark.case import Case
+from analysis_tools.decoder_benchmark.case import Case, total
 from torch import Tensor
 
 from mmdet_lors.adamixer.sampling import sample_3d
@@ -18,11 +18,6 @@ from .check import Machine, Sheet, error, name_of
 
 HALVES = (torch.float16, torch.bfloat16)
 STRIDES = (4, 8, 16, 32)
-
-
-def total(losses: dict[str, Tensor]) -> Tensor:
-    """What is minimised."""
-    return sum(value for name, value in losses.items() if "loss" in name)
 
 
 def golden(machine: Machine, sheet: Sheet) -> None:

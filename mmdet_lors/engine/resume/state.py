@@ -5,16 +5,12 @@ from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, get_world_size
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmdet_lors.engine.build import bare
 from mmdet_lors.engine.random_state import random_state, set_random_state
 from mmdet_lors.engine.zero import collect_state
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -40,7 +36,7 @@ def exact_state(runner: Runner, meta: dict, batch: int, before_validation: dict 
         before_validation: the random state when a validation began that is now done; None if there is none.
     """
     collect_state(getattr(runner.optim_wrapper, "optimizer", None))
-    mine = dict(random_state=before_validation or random_state(), buffers=_own_buffers(_bare(runner.model)))
+    mine = dict(random_state=before_validation or random_state(), buffers=_own_buffers(bare(runner.model)))
     return dict(
         epoch=meta["epoch"],
         iter=meta["iter"],
@@ -70,5 +66,5 @@ def set_exact_state(runner: Runner, saved: dict[str, Any]) -> tuple[int, dict | 
     mine = saved["processes"][get_rank()]
     set_random_state(mine["random_state"])
     for name, value in mine["buffers"].items():
-        _bare(runner.model).get_buffer(name).copy_(value)
+        bare(runner.model).get_buffer(name).copy_(value)
     return batch, mine["random_state"]

@@ -59,6 +59,11 @@ WORKS = {
 }
 
 
+def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What is minimised."""
+    return sum(value for name, value in losses.items() if "loss" in name)
+
+
 class Case:
     """One variant, ready to run one kind of work on fixed random inputs.
 
@@ -161,7 +166,7 @@ class Case:
             with torch.no_grad(), self._autocast():
                 self.model.decoder.predict(*self._start(), self.samples)
         else:
-            sum(value for name, value in self.losses().items() if "loss" in name).backward()
+            total(self.losses()).backward()
         if self.optimizer:
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
