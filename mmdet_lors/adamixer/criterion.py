@@ -85,7 +85,7 @@ class Criterion(BaseModule):
         """Match queries to objects, one to one, in every stage and image; in the boxes' data type.
 
         Matching does not feed the forward pass, so that the costs of all stages and images go to the host at once: the
-        only time in an iteration that the host waits for the device.
+        only time that the losses make the host wait for the device.
         """
         bboxes = torch.stack([output.bboxes for output in outputs], dim=1)
         scores = torch.stack([output.cls_score for output in outputs], dim=1).to(bboxes.dtype)
