@@ -28,6 +28,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 
 import mmdet_lors  # noqa: F401
+from mmdet_lors.engine import launch
 
 ROOT = Path(__file__).parents[1]
 PLAIN_DIGITS = "configs/adamixer/adamixer_r18_digits.py"
@@ -149,7 +150,7 @@ def refused(tool: str, arguments: list[str], monkeypatch, capsys) -> str:
     module = load_tool(tool)
     monkeypatch.setattr(sys, "argv", [tool, *arguments])
     with pytest.raises(SystemExit) as stop:
-        module.run(module.main)
+        launch.run(module.main)
     message = str(stop.value.code)
     assert message.startswith("error: ") and "\n" not in message
     return message

@@ -1,6 +1,5 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: options, config, launcher, one-line errors."""
+"""What ``tools/train.py`` and ``tools/test.py`` share: config, launcher, one-line errors."""
 
-import argparse
 import os
 import signal
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 from mmdet.utils import register_all_modules, setup_cache_size_limit_of_dynamo
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import init_default_scope
@@ -23,31 +22,6 @@ from .build import one_at_a_time
 from .config_check import check_options
 from .machine import use_start_method
 from .new_style import classic
-
-
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options that training and testing have in common."""
-    parser.add_argument("config", help="config file")
-    parser.add_argument(
-        "--work-dir", metavar="DIR", help="where logs and results go (default: work_dirs/<config name>)"
-    )
-    parser.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action=DictAction,
-        metavar="KEY=VALUE",
-        help="settings that override the config, e.g. model.decoder.lors.static.rank=4",
-    )
-    parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
-        help="how the processes were started; the launch scripts set it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:N, mps or xpu (default: a GPU if mmengine finds one)"
-    )
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 @one_at_a_time

@@ -56,8 +56,10 @@ become_another_system()
 if __name__ == "__main__":
     from conftest import load_tool
 
+    from mmdet_lors.engine.launch import run
+
     os.chdir(ROOT)
     for line in sys.argv[1:]:
         sys.argv = line.split()
         tool = load_tool(sys.argv[0])
-        tool.run(tool.main)
+        run(tool.main)

@@ -5,6 +5,7 @@ import sys
 import pytest
 from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_tool, write_random_lors
 
+from mmdet_lors.commands import train
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.config_check import check_operators, operators
 from mmdet_lors.engine.launch import load_config
@@ -78,7 +79,7 @@ def test_train_refuses_before_anything_is_written(monkeypatch, tiny_digits, tmp_
     root = f"train_dataloader.dataset.data_root={tiny_digits}"
     values = [root, root.replace("train", "val"), f"val_evaluator.ann_file={tiny_digits}/annotations/val.json"]
     options = ["--cfg-options", *dcn, "model.backbone.dcn.deform_groups=1", *values]
-    monkeypatch.setattr(tool, "get_device", lambda: "cuda")
+    monkeypatch.setattr(train, "get_device", lambda: "cuda")
     monkeypatch.setattr(sys, "argv", ["train.py", str(ROOT / LORS_DIGITS), "--work-dir", str(tmp_path / "w"), *options])
     with pytest.raises(UserError, match=r"model.backbone.layer2.0.conv2 \(DeformConv2dPack\) on a GPU needs"):
         tool.main()
