@@ -1,10 +1,12 @@
 """What the config files build is what the papers say."""
 
 import pytest
+import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_config
 from mmdet.registry import TRANSFORMS
 from mmengine.config import Config
-from mmengine.registry import build_from_cfg
+from mmengine.registry import OPTIMIZERS, build_from_cfg
+from torch import nn
 
 COCO = ["configs/adamixer/adamixer_r50_100-queries_1x_coco.py", "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"]
 
@@ -13,7 +15,7 @@ COCO = ["configs/adamixer/adamixer_r50_100-queries_1x_coco.py", "configs/lors/ad
 def test_coco_1x(name):
     cfg = load_config(name)
     assert cfg.train_dataloader.batch_size == 2 and cfg.auto_scale_lr.base_batch_size == 16
-    assert cfg.optim_wrapper.optimizer == dict(type="AdamW", lr=2.5e-5, weight_decay=1e-4)
+    assert cfg.optim_wrapper.optimizer == dict(type="AdamW", lr=2.5e-5, weight_decay=1e-4, fused=True)
     assert cfg.optim_wrapper.clip_grad.max_norm == 1.0
     warm_up, steps = cfg.param_scheduler
     assert (warm_up.type, warm_up.start_factor, warm_up.end, warm_up.by_epoch) == ("LinearLR", 0.001, 500, False)
@@ -22,6 +24,21 @@ def test_coco_1x(name):
     assert decoder.num_stages == 6 and decoder.num_classes == 80
     assert cfg.model.query_generator.num_queries == cfg.model.test_cfg.max_per_img == 100
     assert cfg.model.backbone.frozen_stages == 1 and cfg.model.backbone.norm_eval
+
+
+def test_ten_fused_steps_are_those_of_the_plain_optimizer():
+    settings = dict(load_config(COCO[0]).optim_wrapper.optimizer, lr=2.5e-3)
+    weights = [nn.Parameter(torch.linspace(-1, 1, 1000)) for _ in range(2)]
+    fused, plain = (
+        OPTIMIZERS.build(dict(settings, params=[weight], fused=fused))
+        for weight, fused in zip(weights, (settings["fused"], False), strict=True)
+    )
+    for step in range(10):
+        for weight, optimizer in zip(weights, (fused, plain), strict=True):
+            weight.grad = (weight * (step + 1)).sin().detach() * 10.0 ** (step % 3 - 3)
+            optimizer.step()
+    assert fused.defaults["fused"] and (weights[0] - weights[1]).abs().max() < 1e-6
+    assert (weights[0] - torch.linspace(-1, 1, 1000)).abs().max() > 1e-3
 
 
 def test_lors_settings_are_the_papers():

@@ -5,7 +5,7 @@ test_cfg = dict(type="TestLoop")
 
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=2.5e-5, weight_decay=1e-4),
+    optimizer=dict(type="AdamW", lr=2.5e-5, weight_decay=1e-4, fused=True),
     clip_grad=dict(max_norm=1.0, norm_type=2),
 )
 param_scheduler = [
