@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FILES = ["tools/setup_env.sh", "tools/run_tests.sh", ".ci/run", "requirements.txt", "setup.py"]
-SYSTEM = "bash cat date df dirname env flock grep head id mkdir nproc paste sed sha256sum sort tail tee tr"
+SYSTEM = "bash cat dirname flock grep head id mkdir nproc paste sed sha256sum sort tail tee"
 
 # Writes down how it was called, and leaves in site-packages what the set-up looks at.
 FAKE_UV = """
@@ -86,7 +86,6 @@ class Trial:
             "PATH": str(self.bin),
             "HOME": str(self.root.parent),
             "MMDET_LORS_CACHE": str(self.cache),
-            "MMDET_LORS_DISK_GB": "0",
             "CALLS": str(self.calls_file),
             "REAL_PYTHON": sys.executable,
             "CUDA_HOME": "/nonexistent",
@@ -122,12 +121,6 @@ def fails_with_one_line(answer, text: str) -> bool:
     return answer.returncode == 1 and len(lines) == 1 and lines[0].startswith("setup: ") and text in lines[0]
 
 
-def test_unsupported_python_is_named(trial):
-    python = trial.add("python", 'case "$*" in -V) echo "Python 3.9.18";; *platlib*) echo /x;; *) exit 1;; esac')
-    answer = trial.run("--no-venv")
-    assert fails_with_one_line(answer, f"Python 3.10 to 3.13 is needed, {python} is Python 3.9.18")
-
-
 def test_unknown_option_is_named(trial):
     assert fails_with_one_line(trial.run("--novenv"), "--novenv is not an option, see --help")
 
@@ -135,11 +128,6 @@ def test_unknown_option_is_named(trial):
 def test_missing_compiler_stops_before_anything_is_written(trial):
     (trial.bin / "c++").unlink()
     assert fails_with_one_line(trial.run(), "no C++ compiler (c++), mmcv cannot be built: apt-get install g++")
-    assert not trial.venv.exists() and not trial.cache.exists()
-
-
-def test_full_disk_stops_before_anything_is_written(trial):
-    assert fails_with_one_line(trial.run(MMDET_LORS_DISK_GB="1000000"), "not enough disk: ")
     assert not trial.venv.exists() and not trial.cache.exists()
 
 
@@ -296,7 +284,7 @@ def test_no_venv_keeps_what_is_there_and_an_mmcv_that_loads(trial, ops, builds):
     answer = trial.run("--no-venv")
     assert answer.returncode == 0, answer.stderr
     [call] = trial.installs()
-    assert call[-2:] == ["-e", f"{trial.root}[tests]"]
+    assert call[-5:-3] == ["-e", f"{trial.root}[tests]"]
     assert len(trial.builds()) == builds
 
 

@@ -4,24 +4,20 @@
 #
 # Usage: bash tools/setup_env.sh [--no-venv] [--print-python]
 #   --no-venv       use the active environment's python: what is there and satisfies setup.py stays, the rest is added
-#   --print-python  print the path of the environment's python on stdout (messages go to stderr), for scripts:
-#                       PY=$(bash tools/setup_env.sh --print-python)
+#   --print-python  print the path of the environment's python on stdout; messages go to stderr
 #
 # Settings (environment variables), besides those of uv, which does the work, and those of pip, which uv is told:
 #   PYTHON              path or version of a new .venv's Python; default: the first from 3.10 to 3.13
 #   MMDET_LORS_VENV     where the environment lives; default: .venv in the repository
 #   MMDET_LORS_CACHE    mmcv as built for each torch, uv if it is not on PATH, the log; default: ~/.cache/mmdet_lors
-#   MMDET_LORS_DISK_GB  free space that a first set-up insists on; default: 12
 #   MMCV_CUDA           1 or 0: build mmcv's CUDA operators or not; default: 1 where a GPU and torch's nvcc are there
 #   MAX_JOBS, CFLAGS    parallel compilers (default: one per core); their flags (default: -O1 -g0)
 set -euo pipefail
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${MMDET_LORS_VENV:-$root/.venv} cache=${MMDET_LORS_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mmdet_lors}
 log=$cache/setup.log python=$venv/bin/python own=1 print=
 say() { echo "setup: $*" >&2; }
 fail() { say "$@" && exit 1; }
-
 # run WHAT COMMAND...: says what it downloads and every tenth file that it compiles; if it fails, why, in one line.
 run() {
   local what=$1 why && shift && say "$what"
@@ -35,9 +31,7 @@ run() {
 
 # uv from PATH, or installed by pip; the indexes, constraints and certificates that pip is told of hold for uv too.
 find_uv() {
-  local key value
-  if uv=$(command -v uv); then return; fi
-  uv=$cache/uv/bin/uv
+  uv=$(command -v uv) && return || uv=$cache/uv/bin/uv
   [[ -x $uv ]] || { run "[1/4] uv" python3 -m venv --clear "$cache/uv" && run "[1/4] uv" "$cache/uv/bin/pip" install uv; }
   while IFS== read -r key value; do
     value=${value//\'/}
@@ -51,12 +45,8 @@ find_uv() {
   done < <("$cache/uv/bin/pip" config list)
 }
 
-# Where the packages of $python lie; nothing where there is none that works.
-find_site() {
-  site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))' 2>/dev/null) || site=
-  [[ ! $site ]] || "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
-    fail "Python 3.10 to 3.13 is needed, $python is $("$python" -V)"
-}
+# Where the packages of $python lie; nothing if it does not run.
+find_site() { site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))' 2>/dev/null) || site=; }
 torch() { sed -n "s/^$1[^=]*= *'\(.*\)'.*/\1/p" "$site/torch/version.py"; } # torch cuda: 13.0
 
 # What to build mmcv's CUDA operators for, like 8.0;9.0, or nothing. torch refuses the nvcc of another CUDA than its own.
@@ -84,20 +74,13 @@ assert '2.0' <= mmcv.__version__ < '2.2' and (not '$archs' or ops.get_compiling_
   key+=${archs:+-cuda-${archs//;/-}}
   install=(pip install --python "$python" --cache-dir "$key" --reinstall --no-deps --no-build-isolation "$mmcv")
   if "$uv" --offline "${install[@]}" &>"$log"; then return; fi
-  run "[3/4] what builds mmcv" "$uv" pip install --python "$python" "setuptools>=64,<81" wheel ninja
   export PATH=${python%/*}:$PATH MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS=${CFLAGS:--O1 -g0}
-  # mmcv builds for CUDA wherever torch sees a GPU.
   if [[ $archs ]]; then export FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$archs; else export CUDA_VISIBLE_DEVICES=; fi
   run "[3/4] $mmcv from source on $MAX_JOBS cores: 11 core-minutes${archs:+, CUDA operators half an hour}" \
     "$uv" -v "${install[@]}"
 }
 
 set_up() {
-  local folder=$cache free
-  until [[ -d $folder ]]; do folder=$(dirname "$folder"); done
-  free=$(df --output=avail -BG "$folder" | tail -n1 | tr -dc 0-9)
-  [[ -d $site/torch ]] || ((free >= ${MMDET_LORS_DISK_GB:-12})) ||
-    fail "not enough disk: $free GB free at $folder, ${MMDET_LORS_DISK_GB:-12} GB needed (or set MMDET_LORS_DISK_GB)"
   compgen -G "$cache/mmcv-*" >/dev/null || command -v "${CXX:-c++}" >/dev/null ||
     fail "no C++ compiler (${CXX:-c++}), mmcv cannot be built: apt-get install g++"
   mkdir -p "$cache" && exec 9>"$cache/lock"
@@ -108,7 +91,8 @@ set_up() {
   # With unchanged inputs, a torch that the user chose stays: it gets its mmcv, and not the pin back.
   if [[ $(head -n1 "$site/mmdet_lors.stamp" 2>/dev/null) != "$(inputs)" ]]; then
     echo "mmcv; sys_platform == 'none'" >"$cache/without-mmcv.txt"
-    local packages=(-e "$root[tests]") && [[ ! $own ]] || packages=(-e "$root" -r "$root/requirements.txt")
+    local packages=(-e "$root" -r "$root/requirements.txt")
+    [[ $own ]] || packages=(-e "$root[tests]" "setuptools>=64,<81" wheel ninja) # the last three build mmcv
     run "[2/4] torch and all else but mmcv: up to 3 GB to download, about 2 minutes on a fast network" \
       "$uv" pip install --python "$python" --override "$cache/without-mmcv.txt" "${packages[@]}"
   fi
@@ -133,4 +117,4 @@ done
 trap 'say "interrupted: run it again to go on"; exit 130' INT TERM
 find_site
 if [[ $(state) == "$(cat "$site/mmdet_lors.stamp" 2>/dev/null)" ]]; then say "$python is up to date"; else set_up; fi
-if [[ $print ]]; then echo "$python"; fi
+[[ ! $print ]] || echo "$python"
