@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 root = Path(__file__).parent
 # Where mim and mmengine look for the configs, tools and model index of an installed package.
 MIM = ["configs", "tools", "model-index.yml"]
-FOR_DEVELOPERS = ["setup_env.*", "quickstart.sh", "run_tests.sh", "__pycache__"]
+FOR_DEVELOPERS = ["setup_env.sh", "quickstart.sh", "run_tests.sh", "__pycache__"]
 
 
 class BuildWithMim(build_py):
@@ -43,7 +43,7 @@ setup(
     long_description_content_type="text/markdown",
     cmdclass={"build_py": BuildWithMim},
     packages=find_packages(include=["mmdet_lors", "mmdet_lors.*"]),
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
