@@ -28,7 +28,8 @@ when, _, message = os.environ.get("FAIL", "").partition("|")
 if when and any(when in argument for argument in arguments) and "--offline" not in arguments:
     sys.exit(message)
 if arguments[0] == "venv":
-    sys.exit(subprocess.run([os.environ["REAL_PYTHON"], "-m", "venv", "--clear", "--without-pip", arguments[-1]]).returncode)
+    make = [os.environ["REAL_PYTHON"], "-m", "venv", "--clear", "--without-pip", arguments[-1]]
+    sys.exit(subprocess.run(make).returncode)
 
 def add(name, text="", ops=None):
     (site / name).mkdir(exist_ok=True)
@@ -136,14 +137,26 @@ def test_missing_compiler_stops_before_anything_is_written(trial):
     [
         (
             "--override",
-            "Resolving\nerror: Request failed after 3 retries\n  cause: Failed to fetch: https://x/torch/\n  cause: dns",
+            "Resolving\nerror: Request failed after 3 retries\n  cause: Failed to fetch: https://x/torch/\n  cause: d",
             "Request failed after 3 retries: Failed to fetch: https://x/torch/",
         ),
-        ("--override", "error: No solution found\n  cause: Because a was not found", "No solution found: Because a was"),
+        (
+            "--override",
+            "error: No solution found\n  cause: Because a was not found",
+            "No solution found: Because a was",
+        ),
         ("--override", "error: The interpreter at /usr is externally managed", "/usr is externally managed"),
         ("mmcv==", "write: No space left on device (os error 28)\nerror: failed", "No space left on device"),
-        ("mmcv==", "c++: fatal error: Killed signal terminated program\nerror: failed", "out of memory, try MAX_JOBS=1"),
-        ("mmcv==", "/a/b/nms.cpp:3:10: fatal error: x.h: No such file\nerror: failed", "nms.cpp:3:10: fatal error: x.h: "),
+        (
+            "mmcv==",
+            "c++: fatal error: Killed signal terminated program\nerror: failed",
+            "out of memory, try MAX_JOBS=1",
+        ),
+        (
+            "mmcv==",
+            "/a/b/nms.cpp:3:10: fatal error: x.h: No such file\nerror: failed",
+            "nms.cpp:3:10: fatal error: x.h: ",
+        ),
         ("mmcv==", "something new", "something new"),
     ],
 )
