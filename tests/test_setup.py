@@ -350,7 +350,7 @@ def test_run_tests_passes_arguments_on(trial):
     assert trial.run("--every-config", script="tools/run_tests.sh").stdout == f"{everything} --every-config\n"
 
 
-@pytest.mark.parametrize(("broken", "code"), [("nothing", 0), ("pytest", 1), ("check", 1), ("format", 1)])
+@pytest.mark.parametrize(("broken", "code"), [("nothing", 0), ("pytest", 1), ("check", 1), ("format", 1), ("mypy", 1)])
 def test_ci_fails_when_a_check_fails(trial, broken, code):
     python = trial.add("fake-python", f'[[ "$*" != *"{broken}"* || "$*" == *"format --check"* && {broken} == check ]]')
     (trial.root / "tools" / "setup_env.sh").write_text(f'echo "{python}"\n')

@@ -87,6 +87,7 @@ class Criterion(BaseModule):
         Matching does not feed the forward pass, so that the costs of all stages and images go to the host at once: the
         only time that the losses make the host wait for the device.
         """
+        assert self.assigner is not None  # only inference has none
         bboxes = torch.stack([output.bboxes for output in outputs], dim=1)
         scores = torch.stack([output.cls_score for output in outputs], dim=1).to(bboxes.dtype)
         batch, stages, num_queries, _ = bboxes.shape

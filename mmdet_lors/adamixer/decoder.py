@@ -1,14 +1,15 @@
 """The decoder: S stages that refine the queries, and the detections of the last one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from mmdet.registry import MODELS
 from mmdet.structures import SampleList
 from mmengine.config import ConfigDict
 from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST
@@ -18,6 +19,8 @@ from .criterion import Criterion
 from .sampling_backends import BACKENDS, arrange
 from .stage import StageOutput
 from .transfer import to_device
+
+Half = TypeVar("Half", LORSA, LORST)
 
 LORS_FIELDS = {
     "adaptive": ("rank", "groups", "shared", "shared_init", "path"),
@@ -105,20 +108,14 @@ class AdaMixerDecoder(Criterion):
                 built.compile(fullgraph=True, **(compile if isinstance(compile, dict) else {}))
         mixing = self.stages[0].mixing
         content_dim = mixing.norm.normalized_shape[0]
-        self.lorsa, self.lorst = None, None
-        if "adaptive" in halves:
-            self.lorsa = self._build_half(
-                "adaptive", partial(LORSA, content_dim, mixing.shapes, mixing.copies, num_stages), halves
-            )
-        if "static" in halves:
-            self.lorst = self._build_half(
-                "static", partial(LORST, mixing.out_features, content_dim, num_stages), halves
-            )
+        sizes = content_dim, mixing.shapes, mixing.copies, num_stages
+        self.lorsa = self._build_half("adaptive", partial(LORSA, *sizes), halves)
+        self.lorst = self._build_half("static", partial(LORST, mixing.out_features, content_dim, num_stages), halves)
 
     @staticmethod
-    def _build_half(name: str, build: partial, halves: dict[str, dict]) -> nn.Module:
+    def _build_half(name: str, build: Callable[..., Half], halves: dict[str, dict]) -> Half | None:
         try:
-            return build(**halves[name])
+            return build(**halves[name]) if name in halves else None
         except ValueError as error:
             raise UserError(f"lors.{name}.{error}") from error
 

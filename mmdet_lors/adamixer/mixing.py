@@ -89,6 +89,7 @@ class AdaptiveMixing(nn.Module):
         """
         generate = self.parameter_generator if generate is None else generate
         project = self.out_proj if project is None else project
+        assert generate is not None and project is not None  # the stage's own, or the stack's
         M, S = generate(query)
         # With fewer queries than content dims, the generator outweighs what it generates.
         many = torch.is_grad_enabled() and query.shape[:2].numel() > query.shape[-1]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -92,9 +92,8 @@ def _grid_sample(pyramid: Pyramid, xy: Tensor, z: Tensor) -> Tensor:
     batch, _, groups = z.shape[:3]
     grids = _level_grids(pyramid.levels, xy).transpose(1, 2).flatten(0, 1).unbind(-2)
     weights = level_weights(z, pyramid.levels[:, 2]).transpose(1, 2).flatten(0, 1).unbind(-1)
-    sampled = 0
-    for feat, grid, weight in zip(pyramid.features, grids, weights, strict=True):
-        sampled = sampled + recompute(_weighted_level, feat, grid, weight)
+    levels = zip(pyramid.features, grids, weights, strict=True)
+    sampled = reduce(torch.add, (recompute(_weighted_level, *level) for level in levels))
     return sampled.unflatten(0, (batch, groups)).permute(0, 3, 1, 4, 2)
 
 
@@ -111,7 +110,7 @@ def _embedding_bag(pyramid: Pyramid, xy: Tensor, z: Tensor) -> Tensor:
     """
     (table,) = pyramid.features
     batch, num_cells, channels = table.shape
-    groups, integers = z.shape[2], dict(dtype=torch.int32, device=z.device)
+    groups, arange = z.shape[2], partial(torch.arange, dtype=torch.int32, device=z.device)
     width, _, stride, first = pyramid.levels.unbind(1)
     last = (pyramid.levels[:, :2] - 1).to(xy.dtype)
     cell = xy[..., None, :] / stride[:, None] + 0.5  # (B, N, G, P, L, 2), in cells
@@ -120,8 +119,8 @@ def _embedding_bag(pyramid: Pyramid, xy: Tensor, z: Tensor) -> Tensor:
     share_x, share_y = (cell - low).unbind(-1)
 
     x, y = low.int().clamp(min=0).unbind(-1)
-    image = torch.arange(0, batch * num_cells, num_cells, **integers).view(-1, 1, 1, 1, 1)
-    group = torch.arange(groups, **integers).view(-1, 1, 1)
+    image = arange(0, batch * num_cells, num_cells).view(-1, 1, 1, 1, 1)
+    group = arange(groups).view(-1, 1, 1)
     upper_left = (y * width + x + (image + first)) * groups + group
     corner = torch.stack([width * 0, width * 0 + 1, width, width + 1], dim=-1) * groups
     row = upper_left[..., None] + corner

@@ -48,7 +48,7 @@ class QuerySelfAttention(nn.MultiheadAttention):
         super().__init__(dim, num_heads, batch_first=True)
         self.tau = nn.Parameter(torch.empty(num_heads).uniform_(0, 4))
 
-    def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:
+    def forward(self, content: Tensor, xyzr: Tensor) -> Tensor:  # type: ignore[override]  # with its own arguments
         """Content (B, N, d) and positions (B, N, 4), detached -> (B, N, d)."""
         x = content + position_encoding(xyzr, self.embed_dim).to(content.dtype)
         bias = self.tau[:, None, None] * log_iof(xyzr)[:, None]
@@ -126,9 +126,9 @@ class AdaMixerDecoderStage(BaseModule):
         self.sampling.init_weights()
         if self.mixing.parameter_generator is not None:
             self.mixing.parameter_generator.reset_parameters()
-        nn.init.constant_(self.cls_branch[-1].bias, bias_init_with_prob(0.01))
-        nn.init.zeros_(self.reg_branch[-1].weight)
-        nn.init.zeros_(self.reg_branch[-1].bias)
+        nn.init.constant_(self.cls_branch[-1].get_parameter("bias"), bias_init_with_prob(0.01))
+        for parameter in self.reg_branch[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self,

@@ -36,7 +36,7 @@ class AdaptiveWeights(nn.Linear):
 
     def __init__(self, query_dim: int, shapes: Sequence[Shape], copies: int) -> None:
         super().__init__(query_dim, copies * sum(rows * cols for rows, cols in shapes))
-        self.shapes, self.copies = [tuple(s) for s in shapes], copies
+        self.shapes, self.copies = [(rows, cols) for rows, cols in shapes], copies
 
     def reset_parameters(self) -> None:
         """Weight zero, PyTorch's default bias: at the start every query mixes with the same bias."""
@@ -44,7 +44,7 @@ class AdaptiveWeights(nn.Linear):
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, query: Tensor) -> list[Tensor]:
+    def forward(self, query: Tensor) -> list[Tensor]:  # type: ignore[override]  # split, unlike a Linear's
         """(..., query_dim) -> one (..., copies, rows, cols) per shape."""
         return split(super().forward(query), self.shapes, self.copies)
 
@@ -180,10 +180,10 @@ class LORSA(Servable):
             raise ValueError(f"path must be one of {', '.join(self.PATHS)}, got {path!r}")
         self.shared_init, self.path = shared_init, path
         self.query_dim, self.num_layers = query_dim, num_layers
-        self.shapes, self.copies = [tuple(s) for s in shapes], copies
+        self.shapes, self.copies = [(rows, cols) for rows, cols in shapes], copies
         self.shared = AdaptiveWeights(query_dim, shapes, copies) if shared else None
-        self.private = nn.ModuleList(
-            PrivateLORSA(query_dim, shapes, copies, r, k) if k else None
+        self.private: Sequence[PrivateLORSA | None] = nn.ModuleList(  # type: ignore[assignment]  # has its methods
+            PrivateLORSA(query_dim, shapes, copies, r, k) if k else None  # type: ignore[misc]  # and holds None, too
             for r, k in allocation(rank, groups, num_layers, shared)
         )
         self.reset_parameters()
@@ -227,13 +227,17 @@ class LORSA(Servable):
         private = self.private[layer]
         if private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold":
             return [recompute(self._generate, query, s, private, block) for s, block in enumerate(self._blocks())]
-        shared = None if self.shared is None else self.shared(query)
-        return shared if private is None else private(query, shared)
+        if private is not None:
+            return private(query, None if self.shared is None else self.shared(query))
+        assert self.shared is not None
+        return self.shared(query)
 
     def _generate(self, query: Tensor, index: int, private: PrivateLORSA | None, block: Block | None) -> Tensor:
         """One shape of W_i(q) as what it is, affine in q: by one Linear, into which a private part is folded first."""
-        weight, bias = block if private is None else private.fold(index, block)
-        return F.linear(query, weight, bias).unflatten(-1, (self.copies, *self.shapes[index]))
+        if private is not None:
+            block = private.fold(index, block)
+        assert block is not None  # see allocation(): a layer has a private part, the shared one, or both
+        return F.linear(query, *block).unflatten(-1, (self.copies, *self.shapes[index]))
 
     def _blocks(self) -> list[Block] | list[None]:
         return [None] * len(self.shapes) if self.shared is None else self.shared.blocks()
@@ -242,7 +246,8 @@ class LORSA(Servable):
         """One Linear per shape: what it generates need not be split."""
         private = self.private[layer]
         if private is None:
-            return [(weight.flatten(0, 1), bias.flatten()) for weight, bias in self._blocks()]
+            assert self.shared is not None
+            return [(weight.flatten(0, 1), bias.flatten()) for weight, bias in self.shared.blocks()]
         return [private.fold(s, block) for s, block in enumerate(self._blocks())]
 
     def fold(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -251,8 +256,10 @@ class LORSA(Servable):
         (copies * sum(rows * cols), query_dim) and (copies * sum(rows * cols),).
         """
         if self.private[layer] is None:
+            assert self.shared is not None
             return self.shared.weight, self.shared.bias
         parts = zip(*self.fold_for_serving(layer), strict=True)
-        return tuple(
+        weight, bias = (
             torch.cat([p.unflatten(0, (self.copies, -1)) for p in part], dim=1).flatten(0, 1) for part in parts
         )
+        return weight, bias

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class ComputedWeight(Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         return copy.deepcopy(self._plain(), memo)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         return self._plain().__reduce_ex__(protocol)
 
 

@@ -1,6 +1,6 @@
 """Serving a stack folded: its plain weights are kept in memory beside the parameters, which nobody touches."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class Servable(nn.Module):
     """
 
     num_layers: int
+    fold: Callable[[int], Any]
+    """A layer's plain weights."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,8 +34,7 @@ def _lorst(weights: Sequence[Tensor], ranks: Sequence[int], init: str, turns: in
     lorst.to(weights[0])
     if init == "trained" and all(w.isfinite().all() for w in weights):
         return lorst, fit_lorst_(lorst, weights, None, turns)
-    with torch.no_grad():
-        lorst.shared.copy_(weights[0])
+    lorst.shared = nn.Parameter(weights[0].clone())
     return lorst, [FitError(float("nan"), float("nan"))] * len(weights) if init == "trained" else []
 
 
@@ -115,16 +114,16 @@ def share_stack(
 
     report: dict[str, list[FitError]] = {}
     for name, members, product in plan:
-        weights = [getattr(*places[i][name]) for i in members]
-        lorst, errors = _lorst(weights, product, init, turns)
-        lorst.shared.requires_grad_(any(w.requires_grad for w in weights))
+        plain = [getattr(*places[i][name]) for i in members]
+        lorst, errors = _lorst(plain, product, init, turns)
         first = None
-        for position, (i, weight) in enumerate(zip(members, weights, strict=True)):
+        for position, (i, weight) in enumerate(zip(members, plain, strict=True)):
             stacked = StackedWeight(lorst, position, first, init, turns)
             if stacked.private is not None:
                 stacked.private.requires_grad_(weight.requires_grad)
             attach(*places[i][name], stacked)
             first = first or stacked
+        stacked.first.shared.requires_grad_(any(w.requires_grad for w in plain))
         for i, error in zip(members, errors, strict=False):
             report.setdefault(name, [error] * len(layers))[i] = error
     return report
@@ -236,9 +235,10 @@ def _restart(stack: Sequence[StackedWeight], weights: Sequence[Tensor]) -> list[
     """Fill a stack again from plain weights, in place."""
     first = stack[0]
     lorst, errors = _lorst(weights, [weight.rank for weight in stack], first.init, first.turns)
+    assert lorst.shared is not None
     first.shared.copy_(lorst.shared)
     for ours, fresh in zip(stack, lorst.private, strict=True):
-        if fresh is not None:
+        if ours.private is not None and fresh is not None:
             ours.private.A.copy_(fresh.A)
             ours.private.B.copy_(fresh.B)
     return errors

@@ -26,6 +26,9 @@ class StackedWeight(nn.Module):
         turns: likewise.
     """
 
+    shared: nn.Parameter
+    _first: "StackedWeight | None"
+
     def __init__(self, lorst: LORST, position: int, first: "StackedWeight | None", init: str, turns: int) -> None:
         super().__init__()
         self.private = lorst.private[position]
@@ -33,6 +36,7 @@ class StackedWeight(nn.Module):
         # Past nn.Module, which would make it a child.
         object.__setattr__(self, "_first", first)
         if first is None:
+            assert lorst.shared is not None
             self.shared, self.sharing, self.init, self.turns = lorst.shared, lorst.num_layers, init, turns
 
     @property
@@ -56,7 +60,7 @@ class StackedWeight(nn.Module):
 
 
 @cache
-def computed_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def computed_class(plain: type, names: tuple[str, ...]) -> type[nn.Module]:
     """A subclass of ``plain`` that computes the named weights instead of storing them.
 
     As ``torch.nn.utils.parametrize`` does, but with one class per kind of module, which is never changed afterwards.
@@ -75,7 +79,7 @@ def computed_class(plain: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     return type(f"Stacked{plain.__name__}", (ComputesWeights, plain), body | {name: computed(name) for name in names})
 
 
-def _new(plain: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _new(plain: type, names: tuple[str, ...]) -> nn.Module:
     kind = computed_class(plain, names)
     return kind.__new__(kind)
 
@@ -86,7 +90,7 @@ def computed_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
-    plain = getattr(type(module), "plain_class", type(module))
+    plain: type = getattr(type(module), "plain_class", type(module))
     module.__class__ = computed_class(plain, names) if names else plain
 
 

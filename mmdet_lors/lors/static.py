@@ -1,5 +1,7 @@
 """LORST, the static low-rank residual structure: weights of a stack of layers that share one."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,8 +78,8 @@ class LORST(Servable):
         self.path = path
         self.in_features, self.out_features, self.num_layers = in_features, out_features, num_layers
         self.shared = nn.Parameter(torch.empty(out_features, in_features)) if shared else None
-        self.private = nn.ModuleList(
-            PrivateLORST(in_features, out_features, r * k) if k else None
+        self.private: Sequence[PrivateLORST | None] = nn.ModuleList(  # type: ignore[assignment]  # has its methods
+            PrivateLORST(in_features, out_features, r * k) if k else None  # type: ignore[misc]  # and holds None, too
             for r, k in allocation(rank, groups, num_layers, shared)
         )
         self.bias = nn.ParameterList(torch.empty(out_features) for _ in range(num_layers)) if bias else None
@@ -106,10 +108,11 @@ class LORST(Servable):
     def fold(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """W_i and b_i: the plain Linear that layer i is equal to."""
         private = self.private[layer]
-        if private is None:
-            weight = self.shared
-        elif self.shared is None:
+        if self.shared is None:
+            assert private is not None
             weight = private.B @ private.A
+        elif private is None:
+            weight = self.shared
         else:
             weight = torch.addmm(self.shared, private.B, private.A)
         return weight, self.bias[layer] if self.bias is not None else None

@@ -16,7 +16,7 @@ def sharable(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Full name -> module and attribute, of every weight of this layer that can be shared."""
     found = {}
     for path, module in layer.named_modules():
-        names = ("weight",) if isinstance(module, nn.Linear) else ()
+        names: tuple[str, ...] = ("weight",) if isinstance(module, nn.Linear) else ()
         if isinstance(module, nn.MultiheadAttention):
             names = _IN_PROJECTIONS
         for name in names:

@@ -47,6 +47,10 @@ def leading_left(matrix: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, rank - vectors.shape[1]))
 
 
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors[1:], tensors[0]) / len(tensors)
+
+
 def _relative(error: Tensor, weight: Tensor) -> float:
     norm = weight.norm()
     return (error.norm() / norm).item() if norm else error.norm().item()
@@ -71,7 +75,7 @@ def fit_static(
     history = []
     for _ in range(turns if shared else 1):
         if shared:
-            common = sum(w.double() - B @ A for w, (B, A) in zip(weights, pairs, strict=True)) / len(weights)
+            common = _mean([w.double() - B @ A for w, (B, A) in zip(weights, pairs, strict=True)])
         error = 0.0
         for i, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
             rest = weight.double() - common
@@ -135,7 +139,7 @@ def fit_adaptive(
     history = []
     for _ in range(turns):
         if shared:
-            change = sum(rests) / len(rests)
+            change = _mean(rests)
             common += change
             for rest in rests:
                 rest -= change
@@ -166,7 +170,7 @@ def fit_lorst_(
     """
     ranks = [0 if p is None else len(p.A) for p in lorst.private]
     common, pairs, _ = fit_static(weights, ranks, lorst.shared is not None, turns)
-    if lorst.shared is not None:
+    if lorst.shared is not None and common is not None:
         lorst.shared.copy_(common)
     for weight, private, (B, A) in zip(weights, lorst.private, pairs, strict=True):
         if private is None:
@@ -178,7 +182,7 @@ def fit_lorst_(
         private.A[used] = (A / size.sqrt()[:, None])[used].to(private.A)
     for ours, bias in zip(lorst.bias or (), biases or (), strict=True):
         ours.copy_(bias)
-    mean = sum(weights) / len(weights)
+    mean = _mean(weights)
     return [FitError(_relative(w - mean, w), _relative(w - lorst.fold(i)[0], w)) for i, w in enumerate(weights)]
 
 
@@ -213,6 +217,8 @@ def fit_lorsa_(
         if shared is not None:
             _split(common, shapes, copies)[s][copy] = shared
         for private, core, fit in zip(lorsa.private, cores, fits, strict=True):
+            if private is None:
+                continue
             for k, group in enumerate(fit):
                 part = slice(k * private.rank, (k + 1) * private.rank)
                 private.B[s][copy, :, part] = group.B.to(private.B[s])
@@ -227,7 +233,7 @@ def fit_lorsa_(
             private.E.weight.copy_(core[:, :-1])
             private.E.bias.copy_(core[:, -1])
     errors = []
-    mean = _blocks(sum(weights) / len(weights), sum(biases) / len(biases), shapes, copies)
+    mean = _blocks(_mean(weights), _mean(biases), shapes, copies)
     for i, blocks in enumerate(plain):
         ours = _blocks(*lorsa.fold(i), shapes, copies)
         errors.append(

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,12 +122,13 @@ def ranks_of(chosen: Mapping[nn.Linear, list[str]], ratio: float, ranks: Mapping
     for key in ranks:
         if not any(key in path for paths in chosen.values() for path in paths):
             raise ValueError(f"ranks has {key!r}, which no compressed layer's name contains; they are {_names(chosen)}")
-    found, by_weight = {}, {}
+    found: dict[nn.Linear, int] = {}
+    by_weight: dict[int, int] = {}
     for linear, paths in chosen.items():
         rows, cols = linear.weight.shape
-        key = max((key for key in ranks if any(key in path for path in paths)), key=len, default=None)
-        rank = paper_rank(cols, rows, ratio) if key is None else ranks[key]
-        field = f"ratio {ratio}" if key is None else f"ranks[{key!r}]"
+        best = max((key for key in ranks if any(key in path for path in paths)), key=len, default=None)
+        rank = paper_rank(cols, rows, ratio) if best is None else ranks[best]
+        field = f"ratio {ratio}" if best is None else f"ranks[{best!r}]"
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise ValueError(f"{field} must be an integer, got {rank!r}")
         if rank < 1:
@@ -142,9 +144,9 @@ def ranks_of(chosen: Mapping[nn.Linear, list[str]], ratio: float, ranks: Mapping
     return found
 
 
-def _names(linears: Mapping[nn.Linear, list[str]]) -> str:
+def _names(layers: Mapping[Any, list[str]]) -> str:
     """Names of layers, those that differ by a number alone as one."""
-    patterns = dict.fromkeys(re.sub(r"\d+", "*", paths[0]) for paths in linears.values())
+    patterns = dict.fromkeys(re.sub(r"\d+", "*", paths[0]) for paths in layers.values())
     return ", ".join(patterns)
 
 

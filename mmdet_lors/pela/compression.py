@@ -92,12 +92,14 @@ def compress(
 
     found = [(paths[0], chosen_ranks[linear]) for linear, paths in chosen.items()]
     model = model if inplace else copied(model)
-    report, factors = [], {}
+    report: list[CompressedLayer] = []
+    factors: dict[Tensor, tuple[nn.Parameter, nn.Parameter]] = {}
     for path, rank in found:
-        linear = model.get_submodule(path)
-        weight = linear.weight
+        module = model.get_submodule(path)
+        assert isinstance(module, nn.Linear)
+        weight = module.weight
         known = factors.get(weight)
-        layer = LowRankLinear.take(linear, rank, approximate and known is None)
+        layer = LowRankLinear.take(module, rank, approximate and known is None)
         if known is not None:
             layer.U, layer.V = known
             continue
@@ -115,7 +117,7 @@ def decompress(model: nn.Module, inplace: bool = False) -> nn.Module:
         inplace: change ``model`` instead of a copy of it.
     """
     model = model if inplace else copied(model)
-    weights: dict[nn.Parameter, nn.Parameter] = {}
+    weights: dict[Tensor, Tensor] = {}
     for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
         U = layer.U
         linear = layer.release()

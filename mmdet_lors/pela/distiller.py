@@ -6,7 +6,7 @@ from copy import deepcopy
 import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdet_lors.classification.pretrained import read_weights
 from mmdet_lors.engine.checkpoint.reading import check_fit
@@ -53,21 +53,21 @@ class PELADistiller(BaseModel):
         perturbation_loss: dict | None = None,
         blocks: str = BLOCKS,
     ) -> None:
-        student = build_compressed(merged(teacher, student or {}), ratio, omit, ranks)
-        super().__init__(data_preprocessor=student.data_preprocessor)
-        self.student = student
-        self.feature_loss = feature_loss and MODELS.build(feature_loss)
-        self.perturbation_loss = perturbation_loss and MODELS.build(perturbation_loss)
+        built: BaseModel = build_compressed(merged(teacher, student or {}), ratio, omit, ranks)
+        super().__init__(data_preprocessor=built.data_preprocessor)
+        self.student = built
+        self.feature_loss = MODELS.build(feature_loss) if feature_loss else None
+        self.perturbation_loss = MODELS.build(perturbation_loss) if perturbation_loss else None
         self.blocks, self.teacher_config, self.teacher_checkpoint = blocks, teacher, teacher_checkpoint
         # In a list, where nn.Module does not see it.
-        self._teacher: list[nn.Module] = []
+        self._teacher: list[BaseModel] = []
         try:
-            block_names(student.network, blocks)
+            block_names(built.network, blocks)
         except ValueError as error:
             raise UserError(f"model.{error}") from error
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> BaseModel:
         """The frozen original.
 
         Raises:

@@ -54,7 +54,7 @@ class FeatureDistillationLoss(nn.Module):
         """
         if len(student) != len(teacher):
             raise ValueError(f"the student has {len(student)} blocks, the teacher {len(teacher)}")
-        total = 0.0
+        total = student[0].new_zeros(())
         for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
             if s.shape != t.shape:
                 raise ValueError(

@@ -1,12 +1,15 @@
 """PELA's low-rank layer, and the factors that approximate a weight best. Needs PyTorch alone."""
 
 import copy
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdet_lors.lors.computed import ComputesWeights, computed_weight
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def start_std(in_features: int, rank: int) -> float:
@@ -105,17 +108,18 @@ class LowRankLinear(ComputesWeights):
             approximate: ``False`` initialises U and V, without reading the weight.
         """
         weight, kind = linear.weight, type(linear)
-        new = cls(*weight.shape[::-1], rank, False, device=weight.device, dtype=weight.dtype)
+        new = cls(weight.shape[1], weight.shape[0], rank, False, device=weight.device, dtype=weight.dtype)
         if approximate:
             new.fill(weight)
         for factor in (new.U, new.V):
             factor.requires_grad_(weight.requires_grad)
             factor.__dict__.update(weight.__dict__)
         others = {name: p for name, p in linear._parameters.items() if name != "weight"}
-        linear.__class__ = cls
-        linear._parameters = dict(U=new.U, V=new.V, **others)
-        linear.rank, linear._plain_class = rank, kind
-        return linear
+        taken: Any = linear
+        taken.__class__ = cls
+        taken._parameters = dict(U=new.U, V=new.V, **others)
+        taken.rank, taken._plain_class = rank, kind
+        return taken
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, approximate: bool = True) -> "LowRankLinear":
@@ -144,11 +148,11 @@ class LowRankLinear(ComputesWeights):
         weight = nn.Parameter(self.product().detach(), requires_grad=self.U.requires_grad)
         weight.__dict__.update(self.U.__dict__)
         others = {name: p for name, p in self._parameters.items() if name not in ("U", "V")}
-        kind = self._plain_class
-        del self.rank, self._plain_class
-        self.__class__ = kind
-        self._parameters = dict(weight=weight, **others)
-        return self
+        released: Any = self
+        released.__class__ = self._plain_class
+        del released.rank, released._plain_class
+        released._parameters = dict(weight=weight, **others)
+        return released
 
     def to_linear(self) -> nn.Linear:
         """:meth:`release` of another object, which has this one's bias and hooks."""
@@ -178,7 +182,7 @@ class LowRankLinear(ComputesWeights):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: Layer) -> Layer:
     """Another object with the same parameters, buffers, hooks and attributes."""
     twin = copy.copy(module)
     for held in ("_parameters", "_buffers", "_modules"):
