@@ -38,7 +38,7 @@ def test_boxes_shown_are_those_after_augmentation(tiny_digits, monkeypatch):
 def test_classes_are_browsed_too(tmp_path, call_tool, capsys):
     call_tool(TOOL, VIT, "--split", "val", "--number", 3, "--start", 10, "--out", tmp_path / "sheet.png")
     assert is_picture(tmp_path / "sheet.png") and "355 images" in capsys.readouterr().out
-    call_tool(TOOL, VIT, "--number", 2, "--out", tmp_path / "folder", "--not-show")
+    call_tool(TOOL, VIT, "--number", 2, "--out", tmp_path / "folder")
     assert [path.name for path in sorted((tmp_path / "folder").iterdir())] == ["000000_0.png", "000001_1.png"]
     browse = load_tool(TOOL)
     cfg = Config.fromfile(ROOT / VIT)
@@ -51,19 +51,15 @@ def test_classes_are_browsed_too(tmp_path, call_tool, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((VIT,), "--out is missing: give a folder or a picture to write, or --show the images"),
         ((VIT, "--out", "{}", "--number", "0"), "--number 0: must be 1 or more"),
         ((VIT, "--out", "{}", "--start", "1442"), "--start 1442: the data set has images 0 to 1441"),
         ((VIT, "--out", "README.md"), "--out README.md: is a file of another kind"),
-        ((VIT, "--show"), "--show needs a display, but there is none"),
         (("configs/_base_/default_runtime.py", "--out", "{}"), "has no train_dataloader"),
         (("configs/classification/deit-tiny-lors_cifar100.py", "--out", "{}"), "cifar-100-python does not exist"),
     ],
 )
 def test_browse_refuses(arguments, message, tmp_path, monkeypatch, root, capsys):
     monkeypatch.chdir(root)
-    for display in ("DISPLAY", "WAYLAND_DISPLAY"):
-        monkeypatch.delenv(display, raising=False)
     arguments = [argument.format(tmp_path / "out") for argument in arguments]
     assert message in refused(TOOL, arguments, monkeypatch, capsys)
     assert not (tmp_path / "out").exists()

@@ -6,8 +6,6 @@ sheet of all images.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -143,44 +141,31 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
+        required=True,
         metavar="OUT",
         help=f"folder for pictures, or a contact sheet ending with {', '.join(PICTURES)}",
     )
-    parser.add_argument(
-        "--show",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="show each image in a window; needs a display (default: --no-show)",
-    )
-    parser.add_argument("--not-show", action="store_false", dest="show", help="the same as --no-show")
     args = parser.parse_args()
-    if not args.out and not args.show:
-        raise UserError("--out is missing: give a folder or a picture to write, or --show the images")
     if args.number < 1:
         raise UserError(f"--number {args.number}: must be 1 or more")
-    if args.show and sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise UserError("--show needs a display, but there is none; write pictures with --out")
-    sheet = args.out is not None and args.out.suffix in PICTURES
+    sheet = args.out.suffix in PICTURES
     if sheet:
         check_writable("--out", args.out)
-    elif args.out and args.out.is_file():
+    elif args.out.is_file():
         raise UserError(f"--out {args.out}: is a file of another kind; give a folder, or one of {', '.join(PICTURES)}")
     cfg = load_config(args.config)
     dataset = build_dataset(cfg, args.split)
     found = []
     for picture in pictures(cfg, dataset, args.start, args.number, args.seed):
-        if args.show:
-            Visualizer().show(picture.image, win_name=picture.title, backend="cv2")
         if sheet:
             found.append(picture)
-        elif args.out:
+        else:
             mmcv.imwrite(picture.image[..., ::-1], str(args.out / f"{picture.name}.png"))
     if sheet:
         save_figure(contact_sheet(found), args.out)
     out = console()
     out.print(f"{args.split} of {args.config}: {len(dataset):,} images")
-    if args.out:
-        out.print(f"wrote {args.out}", soft_wrap=True)
+    out.print(f"wrote {args.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 mmengine's own schedulers run on an optimizer of one dummy parameter, stepped as in mmengine's training loop. The length
 of an epoch comes from the data set (with --gpus and the config's batch size), or from --iterations-per-epoch, which
-needs no data. A second table has the multipliers that paramwise_cfg gives to the model's parameters.
+needs no data.
 """
 
 import argparse
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,16 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS, PARAM_SCHEDULERS
+from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
 from rich.table import Table
 from torch import nn
 
 from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.datasets.checks import check_inputs
-from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 
@@ -40,16 +37,6 @@ class Schedule(NamedTuple):
     """None if training is by iterations."""
     turns: list[int]
     """Iterations at which a scheduler begins, ends or has a milestone."""
-
-
-class Group(NamedTuple):
-    """Parameters with the same multipliers."""
-
-    lr_mult: float
-    decay_mult: float
-    tensors: int
-    parameters: int
-    example: str
 
 
 def iterations_per_epoch(cfg: Config, gpus: int) -> int:
@@ -127,48 +114,12 @@ def preview(cfg: Config, epoch: int | None, lr_scale: float = 1.0) -> Schedule:
     for iteration in range(1, iterations + 1):
         lr.append(wrapper.get_lr()["lr"][0])
         momentum.append((wrapper.get_momentum()["momentum"] or [0.0])[0])
-        wrapper.optimizer.step()  # The schedulers expect this call; without a gradient it does nothing.
+        wrapper.step()  # The schedulers expect this call; without a gradient it does nothing.
         epoch_ends = iteration % (epoch if by_epoch else iterations) == 0
         for scheduler in built:
             if not scheduler.by_epoch or epoch_ends:
                 scheduler.step()
     return Schedule(lr, momentum, epoch if by_epoch else None, sorted(t for t in turns if t <= iterations))
-
-
-def parameter_groups(cfg: Config) -> list[Group]:
-    """The groups into which paramwise_cfg divides the model's parameters; frozen ones have multipliers 0.
-
-    Raises:
-        UserError: the model or paramwise_cfg cannot be built.
-    """
-    model = build_without_weights(cfg.model)
-    settings = deepcopy(cfg.optim_wrapper.to_dict())
-    paramwise = settings.pop("paramwise_cfg", None)
-    base_lr = settings["optimizer"].get("lr", 0)
-    base_decay = settings["optimizer"].get("weight_decay", 0)
-    groups: list[dict] = [dict(params=[p]) for p in model.parameters()]
-    if paramwise:
-        kind = settings.pop("constructor", "DefaultOptimWrapperConstructor")
-        try:
-            constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
-                dict(type=kind, optim_wrapper_cfg=settings, paramwise_cfg=paramwise)
-            )
-            groups = []
-            constructor.add_params(groups, model)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"optim_wrapper.paramwise_cfg cannot be used: {error}") from error
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for group in groups:
-        for parameter in group["params"]:
-            lr = group.get("lr", base_lr) / base_lr if base_lr else 1.0
-            decay = group.get("weight_decay", base_decay) / base_decay if base_decay else 1.0
-            key = (round(lr, 9), round(decay, 9)) if parameter.requires_grad else (0.0, 0.0)
-            found.setdefault(key, []).append(parameter)
-    return [
-        Group(*key, len(members), sum(p.numel() for p in members), names[id(members[0])])
-        for key, members in sorted(found.items(), reverse=True)
-    ]
 
 
 def schedule_table(schedule: Schedule, at: Sequence[int]) -> Table:
@@ -184,18 +135,6 @@ def schedule_table(schedule: Schedule, at: Sequence[int]) -> Table:
             f"{schedule.lr[iteration]:.6g}",
             f"{schedule.momentum[iteration]:.4g}",
         )
-    return grid
-
-
-def group_table(groups: Sequence[Group]) -> Table:
-    """One row per pair of multipliers."""
-    grid = Table(title="parameters by what paramwise_cfg multiplies", title_justify="left")
-    for name in ("learning rate x", "weight decay x", "tensors", "parameters", "the first of them"):
-        grid.add_column(name, justify="left" if name.startswith("the") else "right")
-    for group in groups:
-        frozen = not group.lr_mult and not group.decay_mult
-        multipliers = ("frozen", "frozen") if frozen else (f"{group.lr_mult:g}", f"{group.decay_mult:g}")
-        grid.add_row(*multipliers, f"{group.tensors:,}", f"{group.parameters:,}", group.example)
     return grid
 
 
@@ -252,7 +191,6 @@ def main() -> None:
     if args.out:
         check_writable("--out", args.out)
     cfg = load_config(args.config)
-    MMLogger.get_current_instance().setLevel("WARNING")  # mmengine would list every parameter that has a multiplier.
     scale = 1.0
     if args.auto_scale_lr:
         base = cfg.get("auto_scale_lr", {}).get("base_batch_size")
@@ -269,8 +207,6 @@ def main() -> None:
         raise UserError(f"--at {wrong[0]}: iterations are 0 to {last}")
     out = console()
     out.print(schedule_table(schedule, at))
-    if cfg.get("model"):
-        out.print(group_table(parameter_groups(cfg)))
     if args.out:
         save_figure(draw(schedule, Path(args.config).stem), args.out)
         out.print(f"wrote {args.out}", soft_wrap=True)
