@@ -6,9 +6,9 @@ import os
 
 from mmengine.config import DictAction
 
-SPIN_COUNT = 10_000
-"""How often a waiting thread looks for work before it gives its core to others, some tens of microseconds. OpenMP's
-own choice is milliseconds, in which it takes the core from every other process (docs/speed.md)."""
+SPIN_COUNT = 1000
+"""How often a waiting thread looks for work before it gives its core to others. OpenMP's own choice, 300,000 times,
+takes the core from every other process meanwhile (docs/speed.md)."""
 
 
 def prepare_process() -> None:
