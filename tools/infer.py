@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from launch.start import prepare_process
 from mmengine.config import DictAction
-from start import prepare_process
 
 
 def parse_args() -> argparse.Namespace:

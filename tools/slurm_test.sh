@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Evaluate on a slurm cluster, one process per GPU.
 #   bash tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [arguments of tools/test.py]
-# slurm_launch.sh names the environment variables: GPUS, GPUS_PER_NODE, CPUS_PER_TASK, SRUN_ARGS, PYTHON.
+# launch/slurm.sh names the environment variables: GPUS, GPUS_PER_NODE, CPUS_PER_TASK, SRUN_ARGS, PYTHON.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 if [[ $# -lt 4 ]]; then
     sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"
     [[ ${1-} == -h || ${1-} == --help ]] && exit 0 || exit 2
 fi
-source "$here/slurm_launch.sh"
+source "$here/launch/slurm.sh"
 partition=$1 job=$2
 shift 2
 submit "$partition" "$job" "$here/test.py" "$@"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from start import add_common_options, prepare_process
+from launch.start import add_common_options, prepare_process
 
 
 def parse_args() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from mmdet_lors.lors import LORSA, LORST
 
 from .boxes import xyzr_to_xyxy
 from .criterion import Criterion
-from .sampling_backends import BACKENDS, arrange
+from .sampling.backends import BACKENDS, arrange
 from .stage import StageOutput
 from .transfer import to_device
 
@@ -63,7 +63,7 @@ class AdaMixerDecoder(Criterion):
             'adaptive' makes M and S of all stages with one LORSA, 'static' their output projections with one
             LORST. Either half may be left out; ``rank`` and ``groups`` are one integer or one per stage.
         loss_cls, loss_bbox, loss_iou: losses of every stage.
-        sampling: back end of 3D sampling, see :func:`~mmdet_lors.adamixer.sampling_backends.arrange`.
+        sampling: back end of 3D sampling, see :func:`~mmdet_lors.adamixer.sampling.backends.arrange`.
         compile: compile every stage with ``torch.compile``, as one graph each; a dict holds its arguments.
         train_cfg: ``dict(assigner=...)``, a Hungarian assigner; its match costs are used.
         test_cfg: ``dict(max_per_img=...)``.

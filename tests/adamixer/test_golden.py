@@ -10,7 +10,7 @@ from torch import nn
 
 from mmdet_lors.adamixer.boxes import position_encoding
 from mmdet_lors.adamixer.sampling import AdaptiveSampling, sample_3d
-from mmdet_lors.adamixer.sampling_backends import arrange
+from mmdet_lors.adamixer.sampling.backends import arrange
 from mmdet_lors.conversion.reference import DROPPED, convert, rename
 
 OPERATOR, STAGE = 1e-9, 1e-8

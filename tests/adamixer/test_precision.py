@@ -6,7 +6,8 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, data_samples, load_config
 from mmdet.registry import MODELS
 from test_detector import total_loss
 
-from mmdet_lors.adamixer import decoder, mixing, sampling, sampling_backends, stage
+from mmdet_lors.adamixer import decoder, mixing, sampling, stage
+from mmdet_lors.adamixer.sampling import backends
 
 SIZE = (64, 96)
 
@@ -92,7 +93,7 @@ def test_what_must_stay_in_float32_under_autocast(name, monkeypatch):
 
     spy(stage, "log_iof")
     spy(stage, "refine_xyzr")
-    spy(sampling_backends, "level_weights")
+    spy(backends, "level_weights")
     spy(sampling, "sample_3d")
     spy(decoder, "xyzr_to_xyxy")
     model = build(name).eval()

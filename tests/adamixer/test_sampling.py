@@ -4,9 +4,8 @@ import pytest
 import torch
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-from mmdet_lors.adamixer import sampling_backends
-from mmdet_lors.adamixer.sampling import sample_3d
-from mmdet_lors.adamixer.sampling_backends import BACKENDS, NEEDS, arrange, choose
+from mmdet_lors.adamixer.sampling import backends, sample_3d
+from mmdet_lors.adamixer.sampling.backends import BACKENDS, NEEDS, arrange, choose
 from mmdet_lors.errors import UserError
 
 SIZES, STRIDES, GROUPS = [(21, 24), (11, 12), (5, 6)], (4, 8, 16), 2
@@ -41,7 +40,7 @@ def run(backend: str, feats: list[torch.Tensor], points: torch.Tensor) -> list[t
 @pytest.fixture
 def deformable(monkeypatch):
     """mmcv's op through its PyTorch version."""
-    monkeypatch.setattr(sampling_backends, "MultiScaleDeformableAttnFunction", OnCPU)
+    monkeypatch.setattr(backends, "MultiScaleDeformableAttnFunction", OnCPU)
     monkeypatch.setitem(NEEDS, "deformable", lambda device: "")
 
 
@@ -188,9 +187,9 @@ def test_auto_is_deterministic_where_that_was_asked_for(monkeypatch):
 
 
 def test_mmcvs_operator_is_not_reached_where_it_was_not_compiled(monkeypatch):
-    monkeypatch.setattr(sampling_backends, "get_compiling_cuda_version", lambda: "not available")
+    monkeypatch.setattr(backends, "get_compiling_cuda_version", lambda: "not available")
     assert "without CUDA operators" in NEEDS["deformable"](CUDA)
-    monkeypatch.setattr(sampling_backends, "get_compiling_cuda_version", lambda: "13.0")
+    monkeypatch.setattr(backends, "get_compiling_cuda_version", lambda: "13.0")
     assert not NEEDS["deformable"](CUDA)
 
 

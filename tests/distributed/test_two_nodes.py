@@ -118,7 +118,7 @@ def weights(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_two_nodes_train_what_one_node_of_two_processes_trains(nodes, tiny_digits, tmp_path):
-    """Bit for bit, on both nodes, without any setting but those of tools/dist_launch.sh."""
+    """Bit for bit, on both nodes, without any setting but those of tools/launch/dist.sh."""
     config(tmp_path, tiny_digits)
     common = dict(NNODES="2", MASTER_ADDR=ADDRESSES[0], PORT="29500")
     with (

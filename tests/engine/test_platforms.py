@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmdet_lors.adamixer.sampling_backends import arrange
+from mmdet_lors.adamixer.sampling.backends import arrange
 from mmdet_lors.analysis import study
 from mmdet_lors.conversion.folding import folded_state_dict
 from mmdet_lors.engine import machine
@@ -182,7 +182,7 @@ def test_a_file_system_that_flushes_no_folders_is_no_failure(number, tmp_path, m
 def test_the_launcher_of_several_processes_refuses_other_systems(monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(SystemExit, match="error: several processes need Linux; elsewhere use a single one: "):
-        runpy.run_path(str(ROOT / "tools" / "dist_launch.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools" / "launch" / "torchrun.py"), run_name="__main__")
 
 
 def test_set_up_refuses_other_systems_and_says_where_to_read_on():

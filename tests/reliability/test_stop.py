@@ -78,7 +78,7 @@ def test_during_a_validation(interval, tiny_digits, tmp_path):
 
 def test_a_process_that_is_restarted_after_sigterm_ends(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setenv(load_tool("dist_launch.py").TOLD_TO_STOP, "1")
+    monkeypatch.setenv(load_tool("launch/torchrun.py").TOLD_TO_STOP, "1")
     try:
         with pytest.raises(Stopped) as stopped:
             stop_at_once()

@@ -38,7 +38,7 @@ def test_when_one_process_is_killed_the_others_end_with_one_line(tiny_digits, tm
     ],
 )
 def test_the_launcher_says_how_a_process_ended(exit_code, text):
-    assert load_tool("dist_launch.py").ending(exit_code) == text
+    assert load_tool("launch/torchrun.py").ending(exit_code) == text
 
 
 def test_restart_and_sigterm(tiny_digits, tmp_path):

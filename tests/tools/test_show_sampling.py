@@ -10,7 +10,7 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, is_picture, load_config, load_to
 from torch import nn
 
 from mmdet_lors.adamixer import sampling
-from mmdet_lors.adamixer.sampling_backends import level_weights
+from mmdet_lors.adamixer.sampling.backends import level_weights
 
 TOOL = "analysis_tools/show_sampling.py"
 VIT = "configs/classification/vit-lors_digits.py"

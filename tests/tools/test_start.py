@@ -35,7 +35,7 @@ def test_the_command_line_is_answered_before_anything_heavy_is_imported(tool, ar
     ],
 )
 def test_openmp_waits_as_the_environment_says_or_briefly(monkeypatch, given, told):
-    start = load_tool("start.py")
+    start = load_tool("launch/start.py")
     monkeypatch.setattr(start, "keep_memory", lambda: None)
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
@@ -67,7 +67,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     ids=["kept", "given back", "the user's settings"],
 )
 def test_a_large_block_is_used_again_without_page_faults(keep, settings, faults):
-    code = FAULTS.format(tools=str(ROOT / "tools"), keep=keep)
+    code = FAULTS.format(tools=str(ROOT / "tools" / "launch"), keep=keep)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | settings)
     assert (int(done.stdout) > 1000) is faults, done.stdout + done.stderr

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mmdet_lors.adamixer import QueryBased
 from mmdet_lors.adamixer.boxes import xyzr_to_xyxy
-from mmdet_lors.adamixer.sampling_backends import level_weights
+from mmdet_lors.adamixer.sampling.backends import level_weights
 from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.analysis.output import console, save_figure
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from mmdet_lors.adamixer.sampling_backends import BACKENDS, NEEDS
+from mmdet_lors.adamixer.sampling.backends import BACKENDS, NEEDS
 from mmdet_lors.analysis.study import table
 from mmdet_lors.analysis.timing import seconds
 

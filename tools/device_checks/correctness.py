@@ -10,7 +10,7 @@ from analysis_tools.decoder_benchmark.case import Case, total
 from torch import Tensor
 
 from mmdet_lors.adamixer.sampling import sample_3d
-from mmdet_lors.adamixer.sampling_backends import arrange
+from mmdet_lors.adamixer.sampling.backends import arrange
 from mmdet_lors.adamixer.stage import StageOutput
 from mmdet_lors.conversion.reference import DROPPED, convert
 

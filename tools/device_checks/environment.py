@@ -12,7 +12,7 @@ import mmengine
 import torch
 from mmcv.ops import get_compiler_version, get_compiling_cuda_version
 
-from mmdet_lors.adamixer.sampling_backends import NEEDS
+from mmdet_lors.adamixer.sampling.backends import NEEDS
 from mmdet_lors.analysis.timing import hardware
 
 from .check import Machine, Sheet, name_of

@@ -17,7 +17,7 @@ from mmdet_lors.adamixer import AdaMixerDecoder
 from mmdet_lors.adamixer.boxes import refine_xyzr, xyzr_to_xyxy
 from mmdet_lors.adamixer.criterion import Matching
 from mmdet_lors.adamixer.decoder import StageOutput
-from mmdet_lors.adamixer.sampling_backends import level_weights
+from mmdet_lors.adamixer.sampling.backends import level_weights
 
 
 class NaiveDecoder(AdaMixerDecoder):

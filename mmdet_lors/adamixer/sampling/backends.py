@@ -15,7 +15,7 @@ from torch import Tensor
 from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.lors.recompute import recompute
 
-from .transfer import to_device
+from ..transfer import to_device
 
 
 class Pyramid(NamedTuple):
@@ -156,7 +156,7 @@ def _deformable(pyramid: Pyramid, xy: Tensor, z: Tensor) -> Tensor:
 
 
 def _triton(pyramid: Pyramid, xy: Tensor, z: Tensor) -> Tensor:
-    from .sampling_kernel import sample_3d
+    from .kernel import sample_3d
 
     return sample_3d(*pyramid.features, pyramid.levels, xy, z)
 

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .boxes import xyzr_to_size
-from .precision import full_precision
-from .sampling_backends import BACKENDS, Pyramid
+from ..boxes import xyzr_to_size
+from ..precision import full_precision
+from .backends import BACKENDS, Pyramid
 
 
 def sample_3d(pyramid: Pyramid, points: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ launch() {
     [[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "error: GPUS must be a positive number, got '$processes'" >&2; exit 2; }
     threads=$(($(nproc 2>/dev/null || echo 1) / processes))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-    exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/dist_launch.py" \
+    exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/torchrun.py" \
         --nnodes="${NNODES:-1}" \
         --node_rank="${NODE_RANK:-0}" \
         --master_addr="${MASTER_ADDR:-127.0.0.1}" \
