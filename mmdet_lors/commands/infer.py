@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mmdet_lors.engine.launch import load_config
+from mmdet_lors.engine.machine import use_device
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
 from mmdet_lors.inference.results import CocoIds, boxes
@@ -110,6 +111,7 @@ def summary(args: argparse.Namespace, found: list[dict], what: str, written: lis
 
 def infer(args: argparse.Namespace) -> None:
     """Check the inputs, load the detector, go through the inputs."""
+    use_device(args.device)
     images, video = find_sources(args.inputs)
     check(args, video)
     pictures = picture_paths(images, args.out) if images else video_path(args.out, video)

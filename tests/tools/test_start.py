@@ -36,38 +36,9 @@ def test_the_command_line_is_answered_before_anything_heavy_is_imported(tool, ar
 )
 def test_openmp_waits_as_the_environment_says_or_briefly(monkeypatch, given, told):
     start = load_tool("launch/start.py")
-    monkeypatch.setattr(start, "keep_memory", lambda: None)
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     start.prepare_process()
     assert os.environ.get("GOMP_SPINCOUNT") == (str(start.SPIN_COUNT) if told else given.get("GOMP_SPINCOUNT"))
-
-
-FAULTS = """
-import resource, sys
-sys.path.insert(0, {tools!r})
-import start
-if {keep}:
-    start.keep_memory()
-def use():
-    for _ in range(10):
-        b"1" * 200_000_000
-use()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-use()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.parametrize(
-    ("keep", "settings", "faults"),
-    [(True, {}, False), (False, {}, True), (True, {"MALLOC_ARENA_MAX": "2"}, True)],
-    ids=["kept", "given back", "the user's settings"],
-)
-def test_a_large_block_is_used_again_without_page_faults(keep, settings, faults):
-    code = FAULTS.format(tools=str(ROOT / "tools" / "launch"), keep=keep)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | settings)
-    assert (int(done.stdout) > 1000) is faults, done.stdout + done.stderr

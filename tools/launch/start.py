@@ -1,7 +1,6 @@
 """How train.py, test.py and infer.py start: common options, and what a process is told before it imports torch."""
 
 import argparse
-import ctypes
 import os
 
 from mmengine.config import DictAction
@@ -12,29 +11,9 @@ takes the core from every other process meanwhile (docs/speed.md)."""
 
 
 def prepare_process() -> None:
-    """Settings of OpenMP and of the allocator; those in the environment have precedence."""
+    """How OpenMP's threads wait, unless the environment says."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-    keep_memory()
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed memory for the next iteration, which needs as much again.
-
-    It would give large blocks back to the system, which clears every page of them when they are asked for again.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):  # another libc
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""As in glibc's malloc.h."""
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
