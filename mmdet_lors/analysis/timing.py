@@ -1,8 +1,12 @@
 """Wall-clock times of several functions that take turns, so that a slow moment of the machine hits them all."""
 
+import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +27,34 @@ def seconds(call: Callable[[], object], device: torch.device | str, steps: int =
         call()
     synchronise(device)
     return (time.perf_counter() - begin) / steps
+
+
+def busy() -> float:
+    """CPU seconds that all work on this machine has taken since its start; NaN where the system does not say."""
+    counts = Path("/proc/stat")
+    if not counts.is_file():
+        return math.nan
+    user, nice, system, _, _, irq, softirq, steal = map(int, counts.read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class Observed(NamedTuple):
+    """What :func:`observed` saw."""
+
+    seconds: float
+    """What the function returned."""
+    wall: float
+    """Seconds from its start to its end."""
+    others: float
+    """CPU seconds that all other processes took meanwhile."""
+
+
+def observed(timed: Callable[[], float]) -> Observed:
+    """Run a function that does its work and returns its seconds, and see what else the machine does."""
+    begin, before = time.perf_counter(), busy() - time.process_time()
+    taken = timed()
+    others = busy() - time.process_time() - before
+    return Observed(taken, time.perf_counter() - begin, others)
 
 
 def interleaved(

@@ -1,7 +1,11 @@
 """Things that are timed take turns, warm-up does not count, and ratios are medians within the rounds."""
 
 import json
+import math
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +56,35 @@ def test_a_gpu_is_waited_for_before_and_after(monkeypatch):
     timing.seconds(lambda: events.append("call"), "cuda")
     timing.seconds(lambda: events.append("call"), "cpu")
     assert events == ["wait", "call", "wait", "call"]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="needs /proc/stat, of Linux")
+def test_other_work_is_what_this_process_did_not_do():
+    """One process of its own works; what this one does meanwhile does not count as others'."""
+
+    def half_a_second() -> float:
+        end = time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+        return 0.25
+
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        beside = timing.observed(half_a_second)
+        other.kill()
+    assert beside.seconds == 0.25 and beside.wall >= 0.5
+    assert beside.others > 0.1
+
+
+def test_other_work_is_not_known_without_proc(monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    assert math.isnan(timing.observed(lambda: 1.0).others)
+
+
+def test_own_work_is_not_others(monkeypatch):
+    busy, own = iter([100.0, 103.5]), iter([10.0, 13.0])
+    monkeypatch.setattr(timing, "busy", lambda: next(busy))
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(own))
+    assert timing.observed(lambda: 1.0).others == 0.5
 
 
 SMALL = ["--batch", "1", "--size", "8", "--turns", "2", "--steps", "1", "--warm-up", "0"]

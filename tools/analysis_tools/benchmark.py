@@ -1,20 +1,20 @@
 """Time and memory of AdaMixer's decoder: plain, with LORS by each path, folded, and against a naive yardstick.
 
-All variants of a comparison run in one process, in turn, round after round: a slow moment of the machine hits them all.
-A ratio is the median over rounds of the ratio within the round. Peak memory is taken in a process of its own.
+Every variant has a process of its own. The variants of a comparison take turns, round after round: a slow moment of the
+machine hits them all. A ratio is the median over rounds of the ratio within the round; there is none where other
+processes took more than 5 % of a core meanwhile. The matrix rate is that of a 4096 x 4096 product, which takes turns
+with the variants; a variant's share of it counts what a plain decoder of the same groups and points must multiply.
 """
 
 import argparse
-import gc
-import json
 import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import date
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +23,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from decoder_benchmark.case import BASE, OBJECTS, VARIANTS, WORKS, Case
+from decoder_benchmark.apart import Apart
+from decoder_benchmark.case import BASE, OBJECTS, PASSES, VARIANTS, WORKS, Case, MatrixProduct, products
 from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 from torch import nn
@@ -32,58 +33,39 @@ from mmdet_lors.analysis.arguments import width_and_height
 from mmdet_lors.analysis.study import table
 from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
-from mmdet_lors.engine.machine import peak_resident
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 
+MOST_OTHER_WORK = 0.05
+"""Of a core, beside which ratios are given."""
+PRODUCT = "matrix product"
 
-def speed(args: argparse.Namespace, names: list[str], **fixed: object) -> dict[str, list[float]]:
-    """Compare variants in one process."""
-    if fixed["work"] != "inference":
-        names = [name for name in names if not VARIANTS[name].served]
-    cases = {name: Case(name, size=args.size, device=args.device, **fixed) for name in names}
-    found = interleaved(cases, args.repeats)
-    cases.clear()
-    gc.collect()
-    return found
+
+def apart(args: argparse.Namespace, **fixed: object) -> Apart:
+    """A case in a process of its own, which has done its work once."""
+    return Apart(Case, args.threads, args.keep_memory, args.device, size=args.size, **fixed)
+
+
+def speed(args: argparse.Namespace, names: Sequence[str], **fixed: object) -> tuple[dict[str, list[float]], float]:
+    """Compare variants, and the matrix product where its rate says something about the work.
+
+    Returns:
+        The seconds of each, one number per round, and the part of a core that other processes took.
+    """
+    with ExitStack() as stack:
+        cases = {name: stack.enter_context(apart(args, name=name, **fixed)) for name in names}
+        if fixed["work"] in PASSES and fixed["level"] == "decoder":
+            product = Apart(MatrixProduct, args.threads, args.keep_memory, args.device)
+            cases[PRODUCT] = stack.enter_context(product)
+        found = interleaved(cases, args.repeats)
+        seen = [seen for case in cases.values() for seen in case.seen]
+        return found, sum(turn.others for turn in seen) / sum(turn.wall for turn in seen)
 
 
 def alone(args: argparse.Namespace, **fixed: object) -> dict[str, float]:
-    """One case in a process of its own.
-
-    Returns:
-        'seconds' (median of 2, after one that does not count) and 'peak', GB: resident memory on a CPU, allocated
-        memory on a GPU.
-    """
-    request = json.dumps(dict(fixed, size=args.size, device=args.device))
-    command = [sys.executable, __file__, "--alone", request, "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"benchmark of {fixed} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_alone(request: str) -> None:
-    """What the process of :func:`alone` does."""
-    fixed = json.loads(request)
-    case = Case(**dict(fixed, size=tuple(fixed["size"])))
-    taken = median([case() for _ in range(3)][1:])
-    peak = torch.cuda.max_memory_allocated() if fixed["device"] == "cuda" else peak_resident()
-    print(json.dumps(dict(seconds=taken, peak=peak / 1e9)))
-
-
-def matching(args: argparse.Namespace, queries: int) -> dict[str, list[float]]:
-    """Time of matching alone: all stages and images at once against stage by stage."""
-    cases, settings = {}, dict(work="backward", queries=queries, batch=2, level="decoder")
-    for label, name in (("all at once", "LORS"), ("stage by stage", "naive LORS")):
-        case = Case(name, size=args.size, device=args.device, **settings)
-        with torch.no_grad():
-            start = case.model.query_generator([s.metainfo["img_shape"] for s in case.samples])
-            outputs = case.model.decoder(case.feats, *start)
-
-        assign = partial(case.model.decoder.assign, outputs, case.samples)
-        cases[label] = partial(seconds, assign, args.device)
-    return interleaved(cases, 4 * args.repeats)
+    """Seconds (median of 2, after one that does not count) and peak memory in GB of one case."""
+    with apart(args, **fixed) as case:
+        return dict(seconds=median([case() for _ in range(3)][1:]), peak=case.peak())
 
 
 GROWTH = {"queries": [50, 200, 600, 1200], "stages": [1, 3, 6, 12], "batch": [1, 4, 16]}
@@ -134,19 +116,34 @@ def speed_section(args: argparse.Namespace, results: dict) -> list[str]:
     lines = []
     for level in args.level:
         for work in args.work:
-            columns = [(n, b) for b in args.batch for n in args.queries]
-            times = {c: speed(args, args.variants, work=work, queries=c[0], batch=c[1], level=level) for c in columns}
-            names = [name for name in args.variants if name in times[columns[0]]]
-            header, rows = [f"{level}: {WORKS[work]}"], [[name] for name in names]
-            for column in columns:
-                found = times[column]
-                bases = [b for b in (BASE, "naive plain 2x64", "naive LORS") if b in names]
-                header += [f"{column[0]} queries, batch {column[1]}: s", *(f"/ {b}" for b in bases)]
+            names = [name for name in args.variants if work == "inference" or not VARIANTS[name].served]
+            bases = [base for base in (BASE, "naive plain 2x64", "naive LORS") if base in names]
+            header, rows, busy = [f"{level}: {WORKS[work]}"], [[name] for name in names], []
+            for queries, batch in [(n, b) for b in args.batch for n in args.queries]:
+                found, others = speed(args, names, work=work, queries=queries, batch=batch, level=level)
+                results[f"{level}/{work}/{queries}/{batch}"] = dict(found, others=others)
+                quiet = not others > MOST_OTHER_WORK  # also where it is not known
+                if not quiet:
+                    busy.append(f"{others:.2f} at {queries} queries, batch {batch}")
+                header += [f"{queries} queries, batch {batch}: s", *(f"/ {base}" for base in bases)]
+                rates = found.get(PRODUCT)
+                header += ["of the matrix rate"] if rates else []
                 for row in rows:
-                    row += [f"{median(found[row[0]]):.3f}", *(f"{ratio(found, row[0], b):.2f}" for b in bases)]
-                results[f"{level}/{work}/{column[0]}/{column[1]}"] = found
-            lines += [*table(header, rows), ""]
-            print("\n".join(lines[-len(rows) - 3 :]), flush=True)
+                    name = row[0]
+                    row += [f"{median(found[name]):#.3g}"]
+                    row += [f"{ratio(found, name, base):.2f}" if quiet else "" for base in bases]
+                    if rates:
+                        share = PASSES[work] * batch * products(name, queries, args.size) / MatrixProduct.side**3
+                        share *= ratio(found, PRODUCT, name)
+                        row += [f"{share:.2f}" if quiet else ""]
+            told = table(header, rows)
+            if busy:
+                told += [
+                    "",
+                    f"No ratios where other processes took more than {MOST_OTHER_WORK} of a core: {'; '.join(busy)}.",
+                ]
+            print("\n".join([*told, ""]), flush=True)
+            lines += [*told, ""]
     return lines
 
 
@@ -165,21 +162,6 @@ def memory_section(args: argparse.Namespace, results: dict) -> list[str]:
         results[f"memory/{queries}"] = peaks
     kind = "peak allocated" if args.device == "cuda" else "peak resident"
     lines = table(["forward + backward, batch 2", "queries", f"{kind}, GB", f"/ {BASE}", "/ naive LORS"], rows)
-    print("\n".join(lines), flush=True)
-    return [*lines, ""]
-
-
-def matching_section(args: argparse.Namespace, results: dict) -> list[str]:
-    """Matching alone."""
-    rows = []
-    for queries in args.queries:
-        found = matching(args, queries)
-        results[f"matching/{queries}"] = found
-        ours, theirs = (median(found[name]) * 1e3 for name in ("all at once", "stage by stage"))
-        quotient = ratio(found, "all at once", "stage by stage")
-        rows.append([str(queries), f"{ours:.1f}", f"{theirs:.1f}", f"{quotient:.2f}"])
-    header = ["matching, 6 stages x 2 images: queries", "all at once, ms", "stage by stage, ms", "ratio"]
-    lines = table(header, rows)
     print("\n".join(lines), flush=True)
     return [*lines, ""]
 
@@ -221,7 +203,7 @@ def growth_section(args: argparse.Namespace, results: dict, picture: Path | None
     return lines
 
 
-SECTIONS = {"speed": speed_section, "memory": memory_section, "matching": matching_section}
+SECTIONS = {"speed": speed_section, "memory": memory_section}
 
 
 def parse_args() -> argparse.Namespace:
@@ -232,8 +214,8 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--sections", nargs="+", choices=["speed", "memory", "matching", "growth"],
-        default=["speed", "memory", "matching"], help="(default: %(default)s)",
+        "--sections", nargs="+", choices=["speed", "memory", "growth"], default=["speed", "memory"],
+        help="(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
                         help=f"of: {', '.join(VARIANTS)} (default: all)")  # fmt: skip
@@ -246,12 +228,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
+    parser.add_argument("--keep-memory", action="store_true",
+                        help="freed memory stays in the process, as tools/train.py has it on a CPU")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time to this file")
     parser.add_argument(
         "--out", type=Path, metavar="FILE.md", help="write the tables, and the plot of growth beside it"
     )
     parser.add_argument("--append", action="store_true", help="add to the file of --out instead of replacing it")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.size = width_and_height("--size", args.size, multiple=32)
     if min(args.repeats, args.threads, *args.queries, *args.batch) < 1:
@@ -268,9 +251,6 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     register_all_modules()
     MMLogger.get_current_instance().setLevel("WARNING")
-    if args.alone:
-        run_alone(args.alone)
-        return
     results: dict = {}
     width, height = args.size
     lines = [

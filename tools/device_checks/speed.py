@@ -6,15 +6,12 @@ from collections import defaultdict
 from statistics import median
 
 import torch
-from analysis_tools.decoder_benchmark.case import CONFIG, Case
-from mmengine.config import Config
+from analysis_tools.decoder_benchmark.case import PASSES, Case, products
 from torch.autograd import DeviceType
 
-from mmdet_lors.analysis.complexity import measure
 from mmdet_lors.engine.machine import peak_resident
 from mmdet_lors.errors import first_line
 
-from . import ROOT
 from .check import Machine, Sheet, Skipped, name_of
 from .runs import Runs
 from .waits import counted
@@ -180,14 +177,14 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
     width, height = size(machine)
     sheet.parts.append(
         f"The decoder alone on random levels, batch {batch}, {queries} queries. Operations: 2 for every multiply-add "
-        "of its products as mmdet_lors/analysis/complexity.py counts them, times 3 for forward + backward."
+        "of the products of a plain decoder with the same groups and points, times 3 for forward + backward."
     )
     rows = sheet.table("variant", "work", "precision", "ms", "TFLOP/s", "of the 8192 product's")
     for name in ("LORS", "plain 2x64", "naive LORS")[: 1 if machine.tiny else 3]:
-        products = decoder_products(name, queries, (width, height))
+        operations = 2 * products(name, queries, (width, height))
         for amp in (BF16, None):
             rate = machine.figure("environment", f"matrix {name_of(amp)}")
-            for work, passes in (("inference", 1), ("backward", 3)):
+            for work, passes in PASSES.items():
                 if machine.left() < 3:
                     rows.append([name, work, name_of(amp), "not run", "", ""])
                     continue
@@ -196,7 +193,7 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
                 if "ms" not in found:
                     rows.append([variant, work, name_of(amp), found["result"], "", ""])
                     continue
-                done = 2 * products * passes * batch / found["ms"] * 1e3
+                done = operations * passes * batch / found["ms"] * 1e3
                 share = done / rate if rate else float("nan")
                 sheet.figures[f"{variant}, {work}, {name_of(amp)}"] = dict(
                     found, operations_per_second=done, share=share
@@ -207,15 +204,6 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
                 sheet.note = (
                     sheet.note or f"{variant}, {work}, {name_of(amp)}: {100 * share:.1f} % of the matrix product"
                 )
-
-
-def decoder_products(name: str, queries: int, image: tuple[int, int]) -> int:
-    """Multiply-adds of the decoder's products for one image."""
-    model = Config.fromfile(ROOT / CONFIG).model
-    model.query_generator.num_queries = queries
-    if "LORS" not in name:
-        model.decoder.lors = None
-    return measure(model, image).decoder.products
 
 
 def profile(machine: Machine, sheet: Sheet) -> None:

@@ -1,6 +1,7 @@
 """What the benchmark of the decoder times: its variants, each ready to run on random inputs."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdet_lors.adamixer.stage import StageOutput
+from mmdet_lors.analysis.complexity import measure
 from mmdet_lors.analysis.timing import seconds
 from mmdet_lors.lors.serving import serve
 
@@ -56,7 +58,36 @@ WORKS = {
     "inference": "inference",
     "backward": "forward + backward with matching",
     "step": "whole training step (AdamW)",
+    "matching": "matching alone, in six stages",
 }
+PASSES = {"inference": 1, "backward": 3}
+"""How often a work does the forward pass's products: a product's backward pass has two of its size."""
+
+
+class MatrixProduct:
+    """One product of two large matrices, for the rate that the machine reaches.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+    """
+
+    side = 4096
+
+    def __init__(self, device: str) -> None:
+        self.device, self.factors = device, torch.randn(2, self.side, self.side, device=device)
+
+    def __call__(self) -> float:
+        """Multiply once; returns seconds."""
+        return seconds(lambda: torch.mm(*self.factors), self.device)
+
+
+@cache
+def products(name: str, queries: int, size: tuple[int, int]) -> int:
+    """Multiply-adds of the products of one image in a plain decoder with this variant's groups and points."""
+    model = Config.fromfile(ROOT / CONFIG).model
+    model.query_generator.num_queries, model.decoder.lors = queries, None
+    model.decoder.stage.num_groups, model.decoder.stage.in_points = VARIANTS[name].sampling
+    return measure(model, size).decoder.products
 
 
 def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -120,6 +151,7 @@ class Case:
             self.images = torch.randn(batch, 3, height, width, device=device)
         self.samples = [self._sample(width, height) for _ in range(batch)]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True) if work == "step" else None
+        self.predicted = self.outputs() if work == "matching" else None
 
     def _sample(self, width: int, height: int) -> DetDataSample:
         corner = torch.rand(OBJECTS, 2) * torch.tensor([width, height]) / 2
@@ -135,7 +167,7 @@ class Case:
         Returns:
             Seconds.
         """
-        return seconds(self.run, self.device)
+        return seconds(self.run, self.device, 50 if self.work == "matching" else 1)
 
     def run(self) -> None:
         """Do the work once, and do not wait for a GPU's end."""
@@ -165,6 +197,8 @@ class Case:
         if self.work == "inference":
             with torch.no_grad(), self._autocast():
                 self.model.decoder.predict(*self._start(), self.samples)
+        elif self.work == "matching":
+            self.model.decoder.assign(self.predicted, self.samples)
         else:
             total(self.losses()).backward()
         if self.optimizer:
