@@ -15,13 +15,14 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 FILES = ["tools/setup_env.sh", "tools/run_tests.sh", ".ci/run", "requirements.txt", "setup.py"]
-SYSTEM = "bash cat dirname flock grep head id mkdir nproc paste sed sha256sum sort tail tee"
+SYSTEM = "bash cat dirname find flock grep head id mkdir nproc paste sed sha256sum sort tail tee"
 
 # Writes down how it was called, and leaves in site-packages what the set-up looks at.
 FAKE_UV = """
 import json, os, pathlib, subprocess, sys
 arguments = [argument for argument in sys.argv[1:] if argument != "-v"]
-settings = {name: os.environ.get(name) for name in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "UV_INDEX", "UV_FIND_LINKS")}
+names = ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "UV_INDEX", "UV_FIND_LINKS", "CXX")
+settings = {name: os.environ.get(name) for name in names}
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps([arguments, settings]), file=calls)
 when, _, message = os.environ.get("FAIL", "").partition("|")
@@ -41,14 +42,22 @@ python = arguments[arguments.index("--python") + 1]
 show = [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"]
 site = pathlib.Path(subprocess.run(show, capture_output=True, text=True).stdout.strip())
 if "--override" in arguments:
-    for name in ("torch", "cv2", "mmdet"):
+    for name in ("torch", "mmdet"):
         add(name)
+    add("cv2", os.environ.get("CV2", ""))
     (site / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\\ncuda: Optional[str] = '13.0'\\n")
 if arguments[-1].startswith("mmcv=="):
     built = pathlib.Path(arguments[arguments.index("--cache-dir") + 1])
     if "--offline" in arguments and not built.is_dir():
         sys.exit("error: not in the cache")
     built.mkdir(exist_ok=True)
+    source = built / "sdists/mmcv/2.1.0/setup.py"
+    if "SOURCE" in os.environ and not source.is_file():
+        source.parent.mkdir(parents=True)
+        source.write_text(os.environ["SOURCE"])
+        sys.exit("KeyError: '__version__'")
+    source.parent.mkdir(parents=True, exist_ok=True)
+    (source.parent / "mmcv.whl").touch()
     add("mmcv", "__version__ = '2.1.0'", ops="")
     (site / "mmcv-2.1.0.dist-info").mkdir(exist_ok=True)
     (site / "mmcv-2.1.0.dist-info" / "RECORD").write_text(built.name)
@@ -225,6 +234,35 @@ def test_built_mmcv_serves_the_next_environment(trial):
     shutil.rmtree(trial.venv)
     assert trial.run().returncode == 0
     assert not trial.builds()
+
+
+def test_opencv_without_a_display_is_replaced(trial):
+    text = "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
+    assert trial.run(CV2=text).returncode == 0
+    assert [call[-1] for call, _ in trial.calls()][-1] == "opencv-python-headless"
+
+
+def test_a_build_that_was_interrupted_is_not_silent(trial):
+    """What uv keeps of it is enough for uv to go on without the network, and without a word."""
+    trial.run()
+    shutil.rmtree(trial.venv)
+    next(trial.cache.rglob("*.whl")).unlink()
+    assert "[3/4] mmcv==2.1.0 from source" in trial.run().stderr
+    assert len(trial.builds()) == 1
+
+
+def test_mmcv_s_setup_is_mended_for_python_3_13(trial):
+    """exec leaves no names in locals() there: https://docs.python.org/3/whatsnew/3.13.html (PEP 667)."""
+    script = trial.root / "tools/setup_env.sh"
+    script.write_text(script.read_text().replace("sys.implementation.cache_tag", '"cpython-313"'))
+    source = "def version():\n    exec(compile(text, 'version.py', 'exec'))\n    return locals()['__version__']\n"
+    assert trial.run(SOURCE=source).returncode == 0
+    found = [("--offline" in call, how["CXX"]) for call, how in trial.calls() if call[-1].startswith("mmcv==")]
+    assert found == [(False, "false"), (True, None)]
+    mended = next(trial.cache.rglob("setup.py")).read_text()
+    names = {"text": "__version__ = '2.1.0'"}
+    exec(mended, names)
+    assert names["version"]() == "2.1.0" and "locals" not in mended
 
 
 def test_venv_that_does_not_run_is_made_anew(trial):

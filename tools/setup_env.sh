@@ -65,19 +65,21 @@ state() { inputs && { cat "$site/torch/version.py" "$site"/mmcv-*/RECORD && cuda
 
 # uv keeps what it built by mmcv's version alone, so that each torch, Python and kind of GPU gets a cache of its own.
 install_mmcv() {
-  local archs mmcv key install
-  archs=$(cuda_archs) mmcv=$(grep '^mmcv==' "$root/requirements.txt")
+  local key install source= archs=$(cuda_archs) mmcv=$(grep '^mmcv==' "$root/requirements.txt")
   if [[ ! $own ]] && "$python" -c "import mmcv, mmcv.ops as ops
 assert '2.0' <= mmcv.__version__ < '2.2' and (not '$archs' or ops.get_compiling_cuda_version() != 'not available')" \
     &>/dev/null; then return; fi
   key=$cache/${mmcv/==/-}-torch-$(torch __version__)-$("$python" -c 'import sys; print(sys.implementation.cache_tag)')
   key+=${archs:+-cuda-${archs//;/-}}
   install=(pip install --python "$python" --cache-dir "$key" --reinstall --no-deps --no-build-isolation "$mmcv")
-  if "$uv" --offline "${install[@]}" &>"$log"; then return; fi
+  if [[ $(find "$key" -path '*/mmcv/*.whl' 2>/dev/null) ]] && "$uv" --offline "${install[@]}" &>"$log"; then return; fi
   export PATH=${python%/*}:$PATH MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} CFLAGS=${CFLAGS:--O1 -g0}
   if [[ $archs ]]; then export FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$archs; else export CUDA_VISIBLE_DEVICES=; fi
+  # From Python 3.13, its setup.py does not find its version: mended in the source, which a try without compiler leaves.
+  [[ $key != *cpython-313* ]] || CC=false CXX=false "$uv" "${install[@]}" &>"$log" || source=$(
+    find "$key" -path '*/mmcv/*/setup.py' -print -exec sed -i "s/'exec'))$/'exec'), globals())/; s/locals()\['/globals()['/" {} +)
   run "[3/4] $mmcv from source on $MAX_JOBS cores: 11 core-minutes${archs:+, CUDA operators half an hour}" \
-    "$uv" -v "${install[@]}"
+    "$uv" ${source:+--offline} -v "${install[@]}"
 }
 
 set_up() {
@@ -97,22 +99,19 @@ set_up() {
       "$uv" pip install --python "$python" --override "$cache/without-mmcv.txt" "${packages[@]}"
   fi
   install_mmcv
-  if "$python" -c "import cv2" 2>&1 | grep -q "cannot open shared object"; then
+  [[ $("$python" -c "import cv2" 2>&1) != *"cannot open shared object"* ]] ||
     run "[4/4] OpenCV that needs no display" "$uv" pip install --python "$python" --reinstall --no-deps opencv-python-headless
-  fi
   run "[4/4] a look whether mmdet imports" "$python" -c "import mmcv.ops, mmdet"
   state >"$site/mmdet_lors.stamp" || true
   say "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $python"
 }
 
-for argument; do
-  case $argument in
+for argument; do case $argument in
     -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit ;;
     --no-venv) own= && python=$(command -v python || command -v python3) || fail "there is no python on PATH" ;;
     --print-python) print=1 ;;
     *) fail "$argument is not an option, see --help" ;;
-  esac
-done
+esac; done
 [[ $OSTYPE == linux* ]] || fail "this script needs Linux; docs/compatibility.md says what to install on $OSTYPE"
 trap 'say "interrupted: run it again to go on"; exit 130' INT TERM
 find_site
