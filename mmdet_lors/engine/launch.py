@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from mmdet.utils import register_all_modules, setup_cache_size_limit_of_dynamo
 from mmengine.config import Config
+from mmengine.config import config as mmengine_config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import init_default_scope
@@ -22,6 +23,10 @@ from .build import one_at_a_time
 from .config_check import check_options
 from .machine import use_start_method
 from .new_style import classic
+
+# A config of another package (mmdet::...) is found by its place. For every base, mmengine would first parse all
+# metafiles of the package, which takes half a second or more, and ask them for a name that they never have.
+mmengine_config._get_external_cfg_path = mmengine_config._get_external_cfg_base_path
 
 
 @one_at_a_time

@@ -19,6 +19,8 @@ LARGER = {"scale": (320, 240), "scales": [(240, 320), (256, 320)], "crop_size": 
 SEGMENTATION = 64
 """Side of mmsegmentation's crops, which are as large as the model's images."""
 CLASSIFICATION = 32
+REGIONS = 16
+"""Proposals of a two-stage detector, and those of them that it learns from."""
 
 
 def settings(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -47,6 +49,11 @@ def settings(cfg: Config, folder: Path) -> dict[str, Any]:
         found["model.data_preprocessor.size"] = (side, side)
     if segments or classifies:
         found |= {f"{place}.img_size": side for place in _timm_models(cfg.model, "model")}
+    for place, node in _walk(cfg.model, "model"):
+        if node.get("type") == "RandomSampler":
+            found[f"{place}.num"] = REGIONS
+        if place.endswith((".rpn", ".rpn_proposal")) and "max_per_img" in node:
+            found[f"{place}.max_per_img"] = REGIONS
     if "teacher_checkpoint" in cfg.model:
         found["model.teacher_checkpoint"] = str(folder / "teacher.pth")
     if cfg.train_cfg.get("type") == "IterBasedTrainLoop" or cfg.train_cfg.get("by_epoch") is False:

@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 
+import mmengine.config.utils
+import pytest
 from conftest import LORS_DIGITS, ROOT, free_port
+from mmengine.config import Config
+from mmengine.config import config as mmengine_config
 
 WAITING = f"""
 from mmdet_lors.engine import launch
@@ -29,3 +33,16 @@ def test_sigterm_ends_a_process_that_waits_for_others():
             assert waits.wait(10) == -signal.SIGTERM
         finally:
             waits.kill()
+
+
+def test_configs_of_other_packages_are_found_without_their_metafiles(monkeypatch, root):
+    """And where mmengine finds them: mmdet has 174 of them."""
+    name = "mmdet::_base_/datasets/coco_detection.py"
+    directly, _ = Config._get_cfg_path(name, "")
+    monkeypatch.setattr(mmengine_config, "_get_external_cfg_path", mmengine.config.utils._get_external_cfg_path)
+    assert Config._get_cfg_path(name, "")[0] == directly
+    monkeypatch.undo()
+    monkeypatch.setattr(mmengine.config.utils, "load", None)
+    assert Config.fromfile(root / "configs/_base_/datasets/coco.py").dataset_type == "CocoDataset"
+    with pytest.raises(FileNotFoundError, match="nothing.py"):
+        Config._get_cfg_path("mmdet::_base_/nothing.py", "")
