@@ -19,6 +19,8 @@ LARGER = {"scale": (320, 240), "scales": [(240, 320), (256, 320)], "crop_size": 
 SEGMENTATION = 64
 """Side of mmsegmentation's crops, which are as large as the model's images."""
 CLASSIFICATION = 32
+QUERIES = 20
+"""All of AdaMixer's decoder but its self-attention takes time in proportion to them."""
 REGIONS = 16
 """Proposals of a two-stage detector, and those of them that it learns from."""
 
@@ -26,7 +28,8 @@ REGIONS = 16
 def settings(cfg: Config, folder: Path) -> dict[str, Any]:
     """--cfg-options for two iterations, a validation and a checkpoint of this config.
 
-    The model, the data set's class, its filter, its sampler and its batches stay what they are.
+    All of the model but the number of queries, the data set's class, its filter, its sampler and its batches stay what
+    they are.
 
     Args:
         cfg: the config.
@@ -49,6 +52,8 @@ def settings(cfg: Config, folder: Path) -> dict[str, Any]:
         found["model.data_preprocessor.size"] = (side, side)
     if segments or classifies:
         found |= {f"{place}.img_size": side for place in _timm_models(cfg.model, "model")}
+    if "query_generator" in cfg.model:
+        found["model.query_generator.num_queries"] = QUERIES
     for place, node in _walk(cfg.model, "model"):
         if node.get("type") == "RandomSampler":
             found[f"{place}.num"] = REGIONS
