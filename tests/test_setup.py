@@ -383,7 +383,7 @@ def test_run_tests_passes_arguments_on(trial):
     answer = trial.run("--no-venv", "-k", "a b", "tests/test_x.py", script="tools/run_tests.sh")
     assert answer.stdout == "-m pytest -k a b tests/test_x.py\n"
     assert answer.stderr == "setup got: --print-python --no-venv\n"
-    everything = "-m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder tests"
+    everything = "-m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations=20 tests"
     assert trial.run(script="tools/run_tests.sh").stdout == f"{everything}\n"
     assert trial.run("--every-config", script="tools/run_tests.sh").stdout == f"{everything} --every-config\n"
 

@@ -15,6 +15,6 @@ python=$(bash tools/setup_env.sh --print-python "${setup[@]}")
 # The threads of several processes would slow each other down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Files in their own order, not those with the most tests first, so that the longest, the runs of configs, start early.
-all=(-n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder tests)
+all=(-n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations=20 tests)
 if [[ $# == 0 ]]; then set -- "${all[@]}"; elif [[ $* == --every-config ]]; then set -- "${all[@]}" --every-config; fi
 exec "$python" -m pytest "$@"
