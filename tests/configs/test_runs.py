@@ -108,7 +108,8 @@ def test_trains_validates_saves_resumes_and_is_tested(name, folder, work, tmp_pa
 def test_two_processes_train_on_coco(folder, work, tmp_path):
     name = "lors/adamixer-lors_r50_100-queries_1x_coco"
     short = settings(Config.fromfile(ROOT / f"configs/{name}.py"), tmp_path)
-    short |= {"train_dataloader.num_batch_per_epoch": 1, "model.query_generator.num_queries": 100}  # the config's own
+    short["train_dataloader.num_batch_per_epoch"] = 1
+    del short["model.query_generator.num_queries"]  # here, all of the config's
     script, config = ROOT / "tools/dist_train.sh", ROOT / f"configs/{name}.py"
     options = ["--work-dir", str(work), *arguments(short)]
     done = run("bash", str(script), str(config), "2", *options, folder=folder)

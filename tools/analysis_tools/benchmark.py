@@ -42,7 +42,7 @@ PRODUCT = "matrix product"
 
 
 def apart(args: argparse.Namespace, **fixed: object) -> Apart:
-    """A case in a process of its own, which has done its work once."""
+    """A case in a process of its own."""
     return Apart(Case, args.threads, args.keep_memory, args.device, size=args.size, **fixed)
 
 

@@ -18,14 +18,13 @@ FRESH = get_context("forkserver" if "forkserver" in get_all_start_methods() else
 FRESH.set_forkserver_preload(["mmdet_lors.adamixer", "mmdet_lors.analysis.complexity", "mmdet.apis", "mmdet.engine"])
 Timed = Callable[[], float]
 _timed: Timed
-_device: str
 
 
 class Apart:
     """What is timed, in a process of its own, which waits between two calls.
 
     Args:
-        build: makes a function that does its work once and returns the seconds, such as a ``Case``.
+        build: makes what does its work once and returns the seconds, and knows its ``device``, such as a ``Case``.
         threads: of torch, on a CPU.
         keep: whether freed memory stays in the process, see :func:`keep_memory`.
         device: 'cpu' or 'cuda'.
@@ -63,13 +62,13 @@ class Apart:
 
 
 def _start(build: Callable[..., Timed], threads: int, keep: bool, device: str, fixed: dict) -> None:
-    global _timed, _device
+    global _timed
     torch.set_num_threads(threads)
     register_all_modules()
     MMLogger.get_current_instance().setLevel("WARNING")
     if keep:
         keep_memory()
-    _timed, _device = build(device=device, **fixed), device
+    _timed = build(device=device, **fixed)
 
 
 def _timed_once() -> float:
@@ -77,4 +76,4 @@ def _timed_once() -> float:
 
 
 def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if _device == "cuda" else peak_resident()
+    return torch.cuda.max_memory_allocated() if _timed.device == "cuda" else peak_resident()
