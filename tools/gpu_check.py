@@ -20,8 +20,42 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-import torch
 from device_checks import ROOT
+
+SECTIONS = {
+    "environment": 30,
+    "golden": 60,
+    "sampling": 60,
+    "precision": 30,
+    "compile": 90,
+    "waits": 60,
+    "speed": 150,
+    "matrix rate": 30,
+    "profile": 40,
+    "launch": 60,
+    "stop and resume": 60,
+    "loss scaler": 60,
+    "digits": 1e9,
+}
+"""What is checked, and the seconds that it may take at most."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1])
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
+    parser.add_argument("--minutes", type=float, default=8, help="to spend at most, about (default: %(default)s)")
+    page = ROOT / "docs/measured/gpu.md"
+    parser.add_argument("--out", type=Path, default=page, metavar="FILE.md", help="(default: docs/measured/gpu.md)")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME",
+                        help=f"of: {', '.join(SECTIONS)} (default: all)")  # fmt: skip
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+import torch
 from device_checks.check import Machine, Sheet, Skipped, TimeUp
 from device_checks.correctness import compiled, golden, precision, sampling
 from device_checks.environment import environment
@@ -38,29 +72,21 @@ from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.valid_json import to_json
 
 Section = Callable[[Machine, Sheet], None]
-SECTIONS: dict[str, tuple[Section, float]] = {
-    "environment": (environment, 30),
-    "golden": (golden, 60),
-    "sampling": (sampling, 60),
-    "precision": (precision, 30),
-    "compile": (compiled, 90),
-    "waits": (waits, 60),
-    "speed": (speed, 150),
-    "matrix rate": (matrix_rate, 30),
-    "profile": (profile, 40),
-    "launch": (launch, 60),
-    "stop and resume": (stop_and_resume, 60),
-    "loss scaler": (loss_scaler, 60),
-    "digits": (digits, 1e9),
-}
-"""What is checked, and the seconds that it may take at most."""
+RUN: dict[str, Section] = dict(
+    zip(
+        SECTIONS,
+        (environment, golden, sampling, precision, compiled, waits, speed, matrix_rate, profile, launch,
+         stop_and_resume, loss_scaler, digits),
+        strict=True,
+    )
+)  # fmt: skip
 GRACE = 5
 """Seconds more for a section that watches the clock, to end by itself."""
 
 
 def conduct(name: str, machine: Machine, sheet: Sheet) -> None:
     """Run one section; whatever happens in it is on its sheet."""
-    section, most = SECTIONS[name]
+    section, most = RUN[name], SECTIONS[name]
     begin = time.monotonic()
     machine.until = begin + most
     if machine.left() < 1:
@@ -120,31 +146,23 @@ def write(out: Path, command: str, machine: Machine) -> None:
     out.with_suffix(".json").write_text(to_json(found, indent=1) + "\n")
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line.
+def check(args: argparse.Namespace) -> None:
+    """Refuse what argparse cannot know.
 
     Raises:
-        UserError: a device that is not there, no time, or a page that could not be written.
+        UserError: names the option.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1])
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
-    parser.add_argument("--minutes", type=float, default=8, help="to spend at most, about (default: %(default)s)")
-    page = ROOT / "docs/measured/gpu.md"
-    parser.add_argument("--out", type=Path, default=page, metavar="FILE.md", help="(default: docs/measured/gpu.md)")
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="NAME",
-                        help=f"of: {', '.join(SECTIONS)} (default: all)")  # fmt: skip
-    args = parser.parse_args()
     args.device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if not 0 < args.minutes < float("inf"):
         raise UserError(f"--minutes {args.minutes:g}: must be above 0")
     check_writable("--out", args.out, (".md",))
-    return args
 
 
 def main() -> None:
     """Run the sections; exit status 1 if any failed."""
     begin = time.monotonic()
     args = parse_args()
+    check(args)
     register_all_modules(init_default_scope=True)
     MMLogger.get_current_instance().setLevel("WARNING")
     command = f"python {shlex.join(['tools/gpu_check.py', *sys.argv[1:]])}"

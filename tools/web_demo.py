@@ -7,11 +7,6 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-from mmdet_lors.engine.launch import load_config, run
-from mmdet_lors.errors import UserError
-from mmdet_lors.inference import Inferencer
-from mmdet_lors.inference.sources import find_sources
-
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
@@ -35,6 +30,15 @@ def parse_args() -> argparse.Namespace:
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings that override the config"
     )
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+from mmdet_lors.engine.launch import load_config, run
+from mmdet_lors.errors import UserError
+from mmdet_lors.inference import Inferencer
+from mmdet_lors.inference.sources import find_sources
 
 
 def check(args: argparse.Namespace) -> None:

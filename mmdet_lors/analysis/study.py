@@ -1,6 +1,5 @@
 """Shared by the studies on embedded data: runs of the tools, each done once and several at a time, and their tables."""
 
-import argparse
 import json
 import os
 import platform
@@ -31,14 +30,6 @@ def read(config: str) -> Config:
     """A config below the project's folder, read once; do not change it."""
     with _READING:
         return Config.fromfile(ROOT / config)
-
-
-def add_study_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options that all studies have: how many runs at a time, where they are, and the page."""
-    work, page = Path("work_dirs") / name, ROOT / "docs" / f"{name}.md"
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time (default: %(default)s)")
-    parser.add_argument("--work-dir", type=Path, default=work, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=page, help="(default: %(default)s)")
 
 
 def call(*command: str, log: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 
 def _accelerator() -> tuple[str, ModuleType] | None:
@@ -47,9 +48,14 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """Draw random numbers on the CPU that depend on ``key`` only; afterwards the generators are as they were before."""
+    """Draw random numbers on the CPU that depend on ``key`` only; afterwards the generators are as they were before.
+
+    Not so in a data worker, where nothing else draws: keeping the states would take longer than all the rest.
+    """
     generator = torch.default_generator  # torch.manual_seed would seed the GPUs as well.
-    before = random.getstate(), np.random.get_state(), generator.get_state()
+    before = None
+    if get_worker_info() is None:
+        before = random.getstate(), np.random.get_state(), generator.get_state()
     words = np.random.SeedSequence(key).generate_state(8)
     random.seed(words[:4].tobytes())
     np.random.seed(words[4:6])
@@ -57,6 +63,7 @@ def seeded(key: tuple[int, ...]) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        generator.set_state(before[2])
+        if before is not None:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            generator.set_state(before[2])

@@ -1,4 +1,4 @@
-"""How train.py, test.py and infer.py start: what is imported when, and what the process is told before."""
+"""How the tools start: what is imported when, and what the process is told before."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, load_tool
 
-TOOLS = ["train.py", "test.py", "infer.py"]
+SCRIPTS = [path for path in (ROOT / "tools").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+TOOLS = sorted(path.relative_to(ROOT / "tools").as_posix() for path in SCRIPTS)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -15,7 +16,7 @@ TOOLS = ["train.py", "test.py", "infer.py"]
 def test_the_command_line_is_answered_before_anything_heavy_is_imported(tool, argument, status):
     code = (
         "import runpy, sys\n"
-        f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        f"sys.path.insert(0, {str((ROOT / 'tools' / tool).parent)!r})\n"
         f"sys.argv = [{tool!r}, {argument!r}]\n"
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'tools' / tool)!r}, run_name='__main__')\n"
@@ -42,3 +43,26 @@ def test_openmp_waits_as_the_environment_says_or_briefly(monkeypatch, given, tol
         monkeypatch.setenv(name, value)
     start.prepare_process()
     assert os.environ.get("GOMP_SPINCOUNT") == (str(start.SPIN_COUNT) if told else given.get("GOMP_SPINCOUNT"))
+
+
+def test_a_tool_of_the_installed_package_starts_alike(tmp_path):
+    # Says what OpenMP has been told when torch is first looked for.
+    hook = """import os, sys
+class Told:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            print("torch", os.environ.get("GOMP_SPINCOUNT"))
+sys.meta_path.insert(0, Told())
+"""
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | {"PYTHONPATH": paths}
+
+    def told(*arguments: str) -> list[str]:
+        command = [sys.executable, "-m", "mmdet_lors", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        return [line for line in done.stdout.splitlines() if line.startswith("torch")]
+
+    assert told("--help") == told("train", "--help") == told("trian") == []
+    assert told("train", "no_such_config.py") == [f"torch {load_tool('launch/start.py').SPIN_COUNT}"]

@@ -18,13 +18,51 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
+from decoder_benchmark.variants import BASE, VARIANTS, WORKS
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=["speed", "memory", "growth"], default=["speed", "memory"],
+        help="(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
+                        help=f"of: {', '.join(VARIANTS)} (default: all)")  # fmt: skip
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS), help="(default: all)")
+    parser.add_argument("--level", nargs="+", choices=["decoder", "detector"], default=["decoder"],
+                        help="the detector has a ResNet-50 and takes images (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--queries", nargs="+", type=int, default=[100, 300], help="(default: %(default)s)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[2], help="(default: %(default)s)")
+    parser.add_argument("--size", default="320x320", help="WIDTHxHEIGHT (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
+    parser.add_argument("--keep-memory", action="store_true",
+                        help="freed memory stays in the process, as tools/train.py has it on a CPU")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time to this file")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.md", help="write the tables, and the plot of growth beside it"
+    )
+    parser.add_argument("--append", action="store_true", help="add to the file of --out instead of replacing it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from decoder_benchmark.apart import Apart
-from decoder_benchmark.case import BASE, OBJECTS, PASSES, VARIANTS, WORKS, Case, MatrixProduct, products
+from decoder_benchmark.case import OBJECTS, PASSES, Case, MatrixProduct, products
 from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 from torch import nn
@@ -206,48 +244,24 @@ def growth_section(args: argparse.Namespace, results: dict, picture: Path | None
 SECTIONS = {"speed": speed_section, "memory": memory_section}
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--sections", nargs="+", choices=["speed", "memory", "growth"], default=["speed", "memory"],
-        help="(default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
-                        help=f"of: {', '.join(VARIANTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=list(WORKS), help="(default: all)")
-    parser.add_argument("--level", nargs="+", choices=["decoder", "detector"], default=["decoder"],
-                        help="the detector has a ResNet-50 and takes images (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--queries", nargs="+", type=int, default=[100, 300], help="(default: %(default)s)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[2], help="(default: %(default)s)")
-    parser.add_argument("--size", default="320x320", help="WIDTHxHEIGHT (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda where there is one)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU (default: %(default)s)")
-    parser.add_argument("--keep-memory", action="store_true",
-                        help="freed memory stays in the process, as tools/train.py has it on a CPU")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single time to this file")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE.md", help="write the tables, and the plot of growth beside it"
-    )
-    parser.add_argument("--append", action="store_true", help="add to the file of --out instead of replacing it")
-    args = parser.parse_args()
+def check(args: argparse.Namespace) -> None:
+    """Refuse what argparse cannot know.
+
+    Raises:
+        UserError: names the option.
+    """
     args.size = width_and_height("--size", args.size, multiple=32)
     if min(args.repeats, args.threads, *args.queries, *args.batch) < 1:
         raise UserError("--repeats, --threads, --queries and --batch must be 1 or more")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no GPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return args
 
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
     args = parse_args()
+    check(args)
     torch.set_num_threads(args.threads)
     register_all_modules()
     MMLogger.get_current_instance().setLevel("WARNING")

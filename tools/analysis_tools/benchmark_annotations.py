@@ -18,11 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from mmdet_lors.errors import UserError
-from mmdet_lors.valid_json import to_json
-
-CLASSES = tuple(f"class {i}" for i in range(80))
-
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
@@ -33,6 +28,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the seconds to this file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+from mmdet_lors.errors import UserError
+from mmdet_lors.valid_json import to_json
+
+CLASSES = tuple(f"class {i}" for i in range(80))
 
 
 def write_file(path: Path, images: int, annotations: int) -> None:

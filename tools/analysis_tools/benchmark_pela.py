@@ -12,10 +12,33 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import timm
-import torch
 from rich.console import Console
 from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="deit_base_patch16_224", help="name of a timm model (default: %(default)s)")
+    parser.add_argument("--checkpoint", help="its weights: a file or timm://NAME (default: random ones)")
+    parser.add_argument("--ratio", type=float, default=2, help="compression ratio (default: %(default)s)")
+    parser.add_argument("--omit", nargs="*", help="names of layers to leave uncompressed (default: the paper's)")
+    parser.add_argument("--batch", type=int, default=8, help="images per call (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="repeats of each side (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+import timm
+import torch
 from torch import Tensor, nn
 
 from mmdet_lors.analysis.timing import hardware, interleaved, seconds
@@ -24,7 +47,7 @@ from mmdet_lors.classification.pretrained import read_weights
 from mmdet_lors.engine.checkpoint.reading import check_fit
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
-from mmdet_lors.pela import OMIT, LowRankLinear, compress
+from mmdet_lors.pela import LowRankLinear, compress
 from mmdet_lors.pela.low_rank import best_factors
 from mmdet_lors.valid_json import to_json
 
@@ -186,25 +209,12 @@ def print_report(result: dict) -> None:
 
 def main() -> None:
     """Measure, print the report, and write it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", default="deit_base_patch16_224", help="name of a timm model (default: %(default)s)")
-    parser.add_argument("--checkpoint", help="its weights: a file or timm://NAME (default: random ones)")
-    parser.add_argument("--ratio", type=float, default=2, help="compression ratio (default: %(default)s)")
-    parser.add_argument(
-        "--omit", nargs="*", default=list(OMIT), help="names of layers to leave uncompressed (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images per call (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="repeats of each side (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
-    args = parser.parse_args()
+    args = parse_args()
     for option in ("batch", "repeats"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} must be 1 or more, got {getattr(args, option)}")
+    if args.omit is None:
+        args.omit = list(OMIT)
     try:
         result = measure(args)
     except ValueError as error:

@@ -14,6 +14,26 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per step (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=56, metavar="PX", help="side of an image (default: %(default)s)")
+    parser.add_argument("--patch", type=int, default=4, metavar="PX", help="side of a patch (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=15, metavar="N", help="turns per model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps per turn (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="turns not counted (default: %(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--max-ratio", type=float, metavar="X", help="exit status 1 if LORST takes more than X x plain")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -29,24 +49,12 @@ CLASSES = 100
 ATTENTION, FFN = [1] * 9 + [2, 4, 6], [6, 4, 2] + [1] * 9
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line.
+def check(args: argparse.Namespace) -> None:
+    """Refuse what argparse cannot know.
 
     Raises:
-        UserError: a number out of range, or a device that is not available.
+        UserError: names the option.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per step (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=56, metavar="PX", help="side of an image (default: %(default)s)")
-    parser.add_argument("--patch", type=int, default=4, metavar="PX", help="side of a patch (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=15, metavar="N", help="turns per model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps per turn (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="turns not counted (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--max-ratio", type=float, metavar="X", help="exit status 1 if LORST takes more than X x plain")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
-    args = parser.parse_args()
     for name, least in dict(batch=1, size=1, patch=1, turns=1, steps=1, warm_up=0, threads=1).items():
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
@@ -56,7 +64,6 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--device {args.device!r} is not available here; use cpu or cuda")
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json {args.json}: folder {args.json.parent} does not exist")
-    return args
 
 
 def build(lors: bool, size: int, patch: int, device: str) -> nn.Module:
@@ -84,6 +91,7 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[
 def main() -> None:
     """Measure and print."""
     args = parse_args()
+    check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)

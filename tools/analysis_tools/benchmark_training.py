@@ -18,6 +18,30 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+INTERVAL = 10
+"""Iterations in a line of the log."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--environments", nargs="+", default=[""], metavar="A=1,B=2", help="the first is the base")
+    parser.add_argument("--beside", nargs="+", choices=["nothing", "busy"], default=["nothing", "busy"])
+    parser.add_argument("--processes", type=int, default=1, help="of a run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--lines", type=int, default=6, help=f"of {INTERVAL} iterations each (default: %(default)s)")
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="for all runs")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="append the tables to this page")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import torch
 
 from mmdet_lors.analysis.study import ROOT, machine, read, table
@@ -26,8 +50,6 @@ from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 
 BUSY = "import torch\na = torch.rand(1500, 1500)\nwhile True: a @ a"
-INTERVAL = 10
-"""Iterations in a line of the log."""
 
 
 def one_run(config: str, environment: dict[str, str], processes: int, lines: int, options: list[str]) -> dict:
@@ -87,31 +109,22 @@ def measure(args: argparse.Namespace, beside: bool) -> tuple[dict[str, list[floa
             busy.kill()
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("config", help="config file")
-    parser.add_argument("--environments", nargs="+", default=[""], metavar="A=1,B=2", help="the first is the base")
-    parser.add_argument("--beside", nargs="+", choices=["nothing", "busy"], default=["nothing", "busy"])
-    parser.add_argument("--processes", type=int, default=1, help="of a run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--lines", type=int, default=6, help=f"of {INTERVAL} iterations each (default: %(default)s)")
-    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="for all runs")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="append the tables to this page")
-    args = parser.parse_args()
+def check(args: argparse.Namespace) -> None:
+    """Refuse what argparse cannot know.
+
+    Raises:
+        UserError: names the option.
+    """
     if min(args.processes, args.rounds) < 1 or args.lines < 2:
         raise UserError("--processes and --rounds must be 1 or more, --lines 2 or more")
     if bad := [text for text in args.environments if text and not all("=" in pair for pair in text.split(","))]:
         raise UserError(f"--environments {bad[0]}: must be NAME=VALUE, several separated by commas")
-    return args
 
 
 def main() -> None:
     """Measure, print, and write what was asked for."""
     args = parse_args()
+    check(args)
     print(
         lines
         := f"`python {shlex.join(['tools/analysis_tools/benchmark_training.py', *sys.argv[1:]])}` on {date.today()}: "

@@ -10,6 +10,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="default: %(default)s")
+    parser.add_argument("--number", type=int, default=8, metavar="N", help="how many images (default: %(default)s)")
+    parser.add_argument(
+        "--start", type=int, default=0, metavar="I", help="index of the first image (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the augmentations (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="folder for pictures, or a contact sheet: .png, .pdf, .svg or .jpg",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import mmcv
 import numpy as np
 from matplotlib.figure import Figure
@@ -126,26 +154,7 @@ def contact_sheet(found: list[Picture]) -> Figure:
 
 def main() -> None:
     """Check the data, then draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="config file")
-    parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="default: %(default)s")
-    parser.add_argument("--number", type=int, default=8, metavar="N", help="how many images (default: %(default)s)")
-    parser.add_argument(
-        "--start", type=int, default=0, metavar="I", help="index of the first image (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the augmentations (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help=f"folder for pictures, or a contact sheet ending with {', '.join(PICTURES)}",
-    )
-    args = parser.parse_args()
+    args = parse_args()
     if args.number < 1:
         raise UserError(f"--number {args.number}: must be 1 or more")
     sheet = args.out.suffix in PICTURES

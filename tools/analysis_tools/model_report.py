@@ -8,8 +8,33 @@ cost when served folded, as a plain decoder with the same groups and points.
 import argparse
 from pathlib import Path
 
-from mmdet.utils import register_all_modules
 from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files")
+    parser.add_argument("--input", default="1280x800", metavar="WxH", help="input size (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to this file")
+    parser.add_argument(
+        "--paper",
+        nargs="?",
+        const="lors",
+        choices=["lors", "pela"],
+        help="print a paper's tables beside our numbers, as Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+from mmdet.utils import register_all_modules
 
 from mmdet_lors.analysis.arguments import width_and_height
 from mmdet_lors.analysis.complexity import COMPONENTS, Report, measure
@@ -66,22 +91,7 @@ def table(title: str, report: Report, served: Report | None) -> Table:
 
 def main() -> None:
     """Count, then print the tables or write JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="config files")
-    parser.add_argument("--input", default="1280x800", metavar="WxH", help="input size (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all counts to this file")
-    parser.add_argument(
-        "--paper",
-        nargs="?",
-        const="lors",
-        choices=["lors", "pela"],
-        help="print a paper's tables beside our numbers, as Markdown: Tables 1-11 of LORS (default), or 1-9 of PELA",
-    )
-    args = parser.parse_args()
+    args = parse_args()
     size = width_and_height("--input", args.input, smallest=32)  # the largest stride
     if not args.configs and not args.paper:
         raise UserError("give at least one CONFIG, or --paper")

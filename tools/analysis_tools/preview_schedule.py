@@ -10,6 +10,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config file")
+    parser.add_argument(
+        "--iterations-per-epoch", type=int, metavar="N", help="length of an epoch, instead of reading the data set"
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="processes that share the data (default: %(default)s)")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="as in tools/train.py, for --gpus processes")
+    parser.add_argument(
+        "--at",
+        nargs="+",
+        type=int,
+        metavar="ITERATION",
+        help="print these iterations (default: where a scheduler begins or ends, and milestones)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -17,7 +47,6 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
-from rich.table import Table
 from torch import nn
 
 from mmdet_lors.analysis.arguments import check_writable
@@ -165,26 +194,7 @@ def draw(schedule: Schedule, title: str) -> Figure:
 
 def main() -> None:
     """Find the length of an epoch, run the schedulers, print the tables, draw the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="config file")
-    parser.add_argument(
-        "--iterations-per-epoch", type=int, metavar="N", help="length of an epoch, instead of reading the data set"
-    )
-    parser.add_argument("--gpus", type=int, default=1, help="processes that share the data (default: %(default)s)")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="as in tools/train.py, for --gpus processes")
-    parser.add_argument(
-        "--at",
-        nargs="+",
-        type=int,
-        metavar="ITERATION",
-        help="print these iterations (default: where a scheduler begins or ends, and milestones)",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg")
-    args = parser.parse_args()
+    args = parse_args()
     for option, value in (("--iterations-per-epoch", args.iterations_per_epoch), ("--gpus", args.gpus)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: must be 1 or more")

@@ -4,11 +4,25 @@ import argparse
 import json
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="config file of the run")
+    parser.add_argument("work_dir", type=Path, help="folder with metrics.json from tools/test.py --metrics")
+    parser.add_argument("--training-seconds", type=float, help="how long training took")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from rich.console import Console
-from rich.table import Table
 
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
@@ -22,11 +36,7 @@ def decoder_parameters(cfg: Config, lors: dict | None) -> int:
 
 def main() -> None:
     """Read what the run wrote, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="config file of the run")
-    parser.add_argument("work_dir", type=Path, help="folder with metrics.json from tools/test.py --metrics")
-    parser.add_argument("--training-seconds", type=float, help="how long training took")
-    args = parser.parse_args()
+    args = parse_args()
 
     cfg = Config.fromfile(args.config)
     register_all_modules()

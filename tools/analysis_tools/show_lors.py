@@ -17,11 +17,30 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of any model with LORS")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.table import Table
 from shared_weights import SharedWeightReport, reports
 
 from mmdet_lors.analysis.arguments import check_writable
@@ -145,16 +164,7 @@ def _similarity(ax: Axes, report: SharedWeightReport) -> None:
 
 def main() -> None:
     """Read the weights, measure, print, draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="config of any model with LORS")
-    parser.add_argument("checkpoint", help="its checkpoint")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write: .png, .pdf or .svg")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all numbers to this file")
-    args = parser.parse_args()
+    args = parse_args()
     if args.out:
         check_writable("--out", args.out)
     if args.json:

@@ -12,6 +12,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", help="picture to detect in")
+    parser.add_argument("config", help="config of an AdaMixer, plain or with LORS")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument(
+        "--queries",
+        nargs="+",
+        default=["best", "2"],
+        metavar="Q",
+        help="'best K', by the last stage's score, or numbers of queries (default: best 2)",
+    )
+    parser.add_argument("--stages", nargs="+", type=int, metavar="S", help="numbers, from 0 (default: all)")
+    parser.add_argument("--zoom", action="store_true", help="show points and boxes instead of the whole image")
+    parser.add_argument("--levels", action="store_true", help="add the mean weight of each level below each panel")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .pdf or .svg")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import mmcv
 import numpy as np
 import torch
@@ -26,7 +56,6 @@ from matplotlib.patheffects import withStroke
 from mmdet.apis import inference_detector
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from rich.table import Table
 from torch import Tensor
 
 from mmdet_lors.adamixer import QueryBased
@@ -287,26 +316,7 @@ def load(cfg: Config, checkpoint: str) -> tuple[QueryBased, Sequence[str] | None
 
 def main() -> None:
     """Check everything, detect, draw the picture, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("image", help="picture to detect in")
-    parser.add_argument("config", help="config of an AdaMixer, plain or with LORS")
-    parser.add_argument("checkpoint", help="its checkpoint")
-    parser.add_argument(
-        "--queries",
-        nargs="+",
-        default=["best", "2"],
-        metavar="Q",
-        help="'best K', by the last stage's score, or numbers of queries (default: best 2)",
-    )
-    parser.add_argument("--stages", nargs="+", type=int, metavar="S", help="numbers, from 0 (default: all)")
-    parser.add_argument("--zoom", action="store_true", help="show points and boxes instead of the whole image")
-    parser.add_argument("--levels", action="store_true", help="add the mean weight of each level below each panel")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .pdf or .svg")
-    args = parser.parse_args()
+    args = parse_args()
     check_writable("--out", args.out)
     if not Path(args.image).is_file():
         raise UserError(f"image {args.image} does not exist")

@@ -17,6 +17,33 @@ import os
 import warnings
 from pathlib import Path
 
+OPSET = 18
+"""The version that PyTorch's exporter writes; later ones are converted from it."""
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of the AdaMixer, with or without LORS")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT.onnx", help="file to write")
+    parser.add_argument(
+        "--size", default="1280x800", metavar="WxH", help="input size, multiples of 32 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fixed-batch", type=int, metavar="B", help="fix the batch size, for runtimes that need it fixed"
+    )
+    parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -32,8 +59,6 @@ from mmdet_lors.errors import UserError, first_line
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 STRIDE = 32
 """Both sides of the input must be multiples of this, the largest stride of a backbone."""
-OPSET = 18
-"""The version that PyTorch's exporter writes; later ones are converted from it."""
 OUTPUTS = ["boxes", "scores", "labels"]
 TOLERANCE = 1e-3
 """Largest difference of scores, and of boxes as a share of the input's longer side."""
@@ -139,22 +164,7 @@ def _box_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> 
 
 def main() -> None:
     """Check the arguments, export beside OUT, compare, and only then rename to OUT."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="config of the AdaMixer, with or without LORS")
-    parser.add_argument("checkpoint", help="its checkpoint")
-    parser.add_argument("out", type=Path, metavar="OUT.onnx", help="file to write")
-    parser.add_argument(
-        "--size", default="1280x800", metavar="WxH", help="input size, multiples of 32 (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--fixed-batch", type=int, metavar="B", help="fix the batch size, for runtimes that need it fixed"
-    )
-    parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
-    args = parser.parse_args()
+    args = parse_args()
     size = width_and_height("--size", args.size, multiple=STRIDE)
     if args.fixed_batch is not None and args.fixed_batch < 1:
         raise UserError(f"--fixed-batch {args.fixed_batch} must be 1 or more")

@@ -7,19 +7,9 @@ tools/test.py OUT.py OUT.pth. The result is as large as a plain AdaMixer, withou
 import argparse
 from pathlib import Path
 
-import torch
-from mmdet.registry import MODELS
 
-from mmdet_lors.analysis.arguments import check_writable
-from mmdet_lors.conversion.folding import folded_config, folded_state_dict
-from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
-from mmdet_lors.engine.checkpoint.reading import write_checkpoint
-from mmdet_lors.engine.launch import run
-from mmdet_lors.errors import UserError
-
-
-def main() -> None:
-    """Check everything first, then fold, then write."""
+def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=__doc__.split("\n\n", 1)[1],
@@ -34,7 +24,26 @@ def main() -> None:
         default="float32",
         help="data type in which weights are stored (default: %(default)s)",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+import torch
+from mmdet.registry import MODELS
+
+from mmdet_lors.analysis.arguments import check_writable
+from mmdet_lors.conversion.folding import folded_config, folded_state_dict
+from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
+from mmdet_lors.engine.checkpoint.reading import write_checkpoint
+from mmdet_lors.engine.launch import run
+from mmdet_lors.errors import UserError
+
+
+def main() -> None:
+    """Check everything first, then fold, then write."""
+    args = parse_args()
     config = args.out.with_suffix(".py")
     check_writable("OUT", args.out, formats=())
     if args.out == config:

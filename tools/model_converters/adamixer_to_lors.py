@@ -10,10 +10,35 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmdet.registry import MODELS
-from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="config of the plain AdaMixer")
+    parser.add_argument("checkpoint", help="its checkpoint")
+    parser.add_argument("lors_config", help="config of the AdaMixer with LORS")
+    parser.add_argument("out", type=Path, help="checkpoint to write")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=20,
+        help="how often shared and private parts are refitted in turn (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+from mmdet.registry import MODELS
+from mmengine.config import Config
 from torch import Tensor
 
 from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
@@ -104,22 +129,7 @@ def error_table(errors: Errors) -> Table:
 
 def main() -> None:
     """Check everything first, then fit, then write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="config of the plain AdaMixer")
-    parser.add_argument("checkpoint", help="its checkpoint")
-    parser.add_argument("lors_config", help="config of the AdaMixer with LORS")
-    parser.add_argument("out", type=Path, help="checkpoint to write")
-    parser.add_argument(
-        "--turns",
-        type=int,
-        default=20,
-        help="how often shared and private parts are refitted in turn (default: %(default)s)",
-    )
-    args = parser.parse_args()
+    args = parse_args()
     if args.turns < 1:
         raise UserError(f"--turns must be 1 or more, got {args.turns}")
     check_writable("OUT", args.out, formats=())

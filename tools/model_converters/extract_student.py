@@ -9,6 +9,25 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("src", help="checkpoint of the distillation")
+    parser.add_argument("dst", type=Path, help="checkpoint to write")
+    parser.add_argument(
+        "--mmdet-swin", action="store_true", help="name a Swin's weights as mmdet's SwinTransformer expects"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 from torch import Tensor
 
 from mmdet_lors.analysis.arguments import check_writable
@@ -58,17 +77,7 @@ def original_swin_names(student: Mapping[str, Tensor], path: str) -> dict[str, T
 
 def main() -> None:
     """Read the checkpoint, extract the student, write it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=__doc__.split("\n\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("src", help="checkpoint of the distillation")
-    parser.add_argument("dst", type=Path, help="checkpoint to write")
-    parser.add_argument(
-        "--mmdet-swin", action="store_true", help="name a Swin's weights as mmdet's SwinTransformer expects"
-    )
-    args = parser.parse_args()
+    args = parse_args()
     check_writable("DST", args.dst, formats=())
     checkpoint = read_checkpoint(args.src)
     student = extract(checkpoint, args.src)

@@ -5,20 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
-import torch
-from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from torch import Tensor, nn
-
-from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.conversion.reference import DROPPED, convert, settings
-from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
-from mmdet_lors.engine.launch import load_config, run
-from mmdet_lors.errors import UserError, first_line
-
 COCO_CLASSES = 80
-WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
-"""The reference's initial positions: centre and size of the image, in units of its size."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +24,24 @@ def parse_args() -> argparse.Namespace:
         help=f"number of classes that the checkpoint must have (default: the config's, or COCO's {COCO_CLASSES})",
     )
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from torch import Tensor, nn
+
+from mmdet_lors.analysis.complexity import build_on_meta
+from mmdet_lors.conversion.reference import DROPPED, convert, settings
+from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
+from mmdet_lors.engine.launch import load_config, run
+from mmdet_lors.errors import UserError, first_line
+
+WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
+"""The reference's initial positions: centre and size of the image, in units of its size."""
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:

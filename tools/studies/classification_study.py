@@ -8,9 +8,22 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
+from options import add_study_options
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
+    add_study_options(parser, "classification_study")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 from mmdet_lors.analysis.complexity import encoder_parameters
 from mmdet_lors.analysis.study import (
-    add_study_options,
     evaluate,
     last_epoch_only,
     link,
@@ -86,10 +99,7 @@ def page(results: dict[str, list[dict]], jobs: int) -> str:
 
 def main() -> None:
     """Run what is missing, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    add_study_options(parser, "classification_study")
-    args = parser.parse_args()
+    args = parse_args()
     if min(args.seeds, args.jobs) < 1:
         raise UserError("--seeds and --jobs must be 1 or more")
 

@@ -12,6 +12,29 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from statistics import mean
 
+from options import add_study_options
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
+    parser.add_argument("--ratio", type=float, default=12, help="of compression (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="after compression (default: %(default)s)")
+    parser.add_argument("--teacher-epochs", type=int, help="of the plain model (default: its config's)")
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        default=Path("work_dirs/classification_study"),
+        help="where classification_study.py trained its plain models, or this does (default: %(default)s)",
+    )
+    add_study_options(parser, "pela_study")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes are answered before the imports that take seconds
+
 import torch
 from mmdet.utils import register_all_modules
 from pela_runs import (
@@ -28,7 +51,7 @@ from pela_runs import (
     parameters,
 )
 
-from mmdet_lors.analysis.study import add_study_options, link, made_by, read, side_by_side, table
+from mmdet_lors.analysis.study import link, made_by, read, side_by_side, table
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 
@@ -196,30 +219,13 @@ def seconds(found: Sequence[Mapping], stage: str) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2f}"
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--ratio", type=float, default=12, help="of compression (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20, help="after compression (default: %(default)s)")
-    parser.add_argument(
-        "--teacher-epochs", type=int, default=epochs_of(PLAIN), help="of the plain model (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--teachers",
-        type=Path,
-        default=Path("work_dirs/classification_study"),
-        help="where classification_study.py trained its plain models, or this does (default: %(default)s)",
-    )
-    add_study_options(parser, "pela_study")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Run what is missing, then write the page."""
     args = parse_args()
     if min(args.seeds, args.jobs) < 1:
         raise UserError("--seeds and --jobs must be 1 or more")
+    if args.teacher_epochs is None:
+        args.teacher_epochs = epochs_of(PLAIN)
     if min(args.epochs, args.teacher_epochs) < 2:
         raise UserError("--epochs and --teacher-epochs must be 2 or more: the first one warms up")
     register_all_modules()

@@ -1,6 +1,5 @@
 """What the benchmark of the decoder times: its variants, each ready to run on random inputs."""
 
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from mmdet_lors.analysis.timing import seconds
 from mmdet_lors.lors.serving import serve
 
 from .naive import NaiveDecoder
+from .variants import VARIANTS
 
 ROOT = Path(__file__).parents[3]
 CONFIG = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
@@ -24,42 +24,6 @@ OBJECTS = 7
 """Objects in every image."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to build and run the decoder."""
-
-    lors: bool = True
-    sampling: tuple[int, int] = (2, 64)
-    """Groups, points."""
-    options: dict = field(default_factory=dict)
-    """Overrides of the ``lors`` field."""
-    naive: bool = False
-    served: bool = False
-    """Folded for inference."""
-
-
-def by_path(adaptive: str, static: str) -> Variant:
-    """LORS with both paths fixed."""
-    return Variant(options=dict(adaptive=dict(path=adaptive), static=dict(path=static)))
-
-
-VARIANTS = {
-    "plain 4x32": Variant(lors=False, sampling=(4, 32)),
-    "plain 2x64": Variant(lors=False),
-    "LORS": Variant(),
-    "LORS, weights": by_path("weights", "features"),
-    "LORS, fold": by_path("fold", "fold"),
-    "LORS, served folded": Variant(served=True),
-    "naive plain 2x64": Variant(lors=False, naive=True),
-    "naive LORS": Variant(naive=True),
-}
-BASE = "plain 2x64"
-WORKS = {
-    "inference": "inference",
-    "backward": "forward + backward with matching",
-    "step": "whole training step (AdamW)",
-    "matching": "matching alone, in six stages",
-}
 PASSES = {"inference": 1, "backward": 3}
 """How often a work does the forward pass's products: a product's backward pass has two of its size."""
 
