@@ -27,7 +27,7 @@ def go_on(results: Results, bench: Bench, args: argparse.Namespace) -> None:
     """Run what is missing, and say after each run what it found and how long the rest will take."""
     folder = args.work_dir.absolute()
     print(f"features of {bench.train_images} images, {bench.feature_epochs} epochs, in {folder}", flush=True)
-    results.use(prepare(bench, folder))
+    results.use(prepare(bench, folder, args.device))
     print(f"features: AP {results.content['features']['ap']:.3f} with the decoder that they were trained with")
     todo = missing(results.found(), args.rows, args.seeds)
     left, begin, done = sum(row.length for row, _ in todo), time.monotonic(), 0.0

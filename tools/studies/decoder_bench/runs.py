@@ -66,8 +66,13 @@ class Bench:
 # The features, once for all runs.
 
 
-def prepare(bench: Bench, folder: Path) -> dict:
+def prepare(bench: Bench, folder: Path, device: str = "cpu") -> dict:
     """Make the digits, train the detector whose backbone and neck all runs use, and keep what these compute.
+
+    Args:
+        bench: sizes.
+        folder: where all of it is kept; what is there is not made again.
+        device: of the features; training and test choose their own.
 
     Returns:
         AP of that detector, the seconds that all of this took, and a digest of the features.
@@ -93,7 +98,7 @@ def prepare(bench: Bench, folder: Path) -> dict:
         checkpoint = folder / "features" / f"epoch_{epochs}.pth"
         found = evaluate(PLAIN, checkpoint, folder / "features", options)
         for split in SPLITS:
-            keep_features(checkpoint, data, split, folder)
+            keep_features(checkpoint, data, split, folder, device)
         digest = hashlib.sha256((folder / "val.npy").read_bytes()).hexdigest()
         return dict(ap=found["coco/bbox_mAP"], seconds=time.monotonic() - begin, digest=digest)
 
@@ -101,11 +106,11 @@ def prepare(bench: Bench, folder: Path) -> dict:
 
 
 @torch.no_grad()
-def keep_features(checkpoint: Path, data: Path, split: str, folder: Path) -> None:
+def keep_features(checkpoint: Path, data: Path, split: str, folder: Path, device: str) -> None:
     """Write what the frozen backbone and neck compute: ``{split}.npy``, (images, channels, cells), and its objects."""
     register_all_modules()
     cfg = Config.fromfile(ROOT / PLAIN)
-    model = MODELS.build(cfg.model).eval()
+    model = MODELS.build(cfg.model).eval().to(device)
     load_checkpoint(model, str(checkpoint), map_location="cpu")
     size = json.loads((data / "annotations" / f"{split}.json").read_text())["images"][0]["width"]
     settings = cfg.val_dataloader.dataset
@@ -116,14 +121,14 @@ def keep_features(checkpoint: Path, data: Path, split: str, folder: Path) -> Non
         batch = [images[i] for i in range(first, min(first + 50, len(images)))]
         batch = model.data_preprocessor(pseudo_collate(batch))
         feats = model.extract_feat(batch["inputs"])
-        cells = torch.cat([feat.flatten(2) for feat in feats], dim=2).half().numpy()
+        cells = torch.cat([feat.flatten(2) for feat in feats], dim=2).half().cpu().numpy()
         if kept is None:
             shape = (len(images), *cells.shape[1:])
             kept = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.float16, shape)
         kept[first : first + len(cells)] = cells
         for sample in batch["data_samples"]:
             found = sample.gt_instances
-            objects.append(dict(boxes=found.bboxes, labels=found.labels, id=sample.img_id))
+            objects.append(dict(boxes=found.bboxes.cpu(), labels=found.labels.cpu(), id=sample.img_id))
     sides = [feat.shape[-1] for feat in feats]
     torch.save(dict(objects=objects, sides=sides, size=size), folder / f"{split}.pth")
 
