@@ -32,13 +32,13 @@ def read(config: str) -> Config:
         return Config.fromfile(ROOT / config)
 
 
-def call(*command: str, log: Path) -> None:
-    """Run one of the tools with one thread, and append its output to the log.
+def call(*command: str, log: Path, threads: int = 1) -> None:
+    """Run one of the tools, and append its output to the log.
 
     Raises:
         UserError: it failed; names the log.
     """
-    env = dict(os.environ, OMP_NUM_THREADS="1")
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads))
     with log.open("a") as file:
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, stdout=file, stderr=file)
     if done.returncode:
@@ -64,12 +64,13 @@ def once(folder: Path, work: Callable[[], dict]) -> dict:
     return outcome
 
 
-def train(config: str, folder: Path, options: Sequence[str]) -> float:
+def train(config: str, folder: Path, options: Sequence[str], threads: int = 1) -> float:
     """Train into a folder.
 
     Args:
         config: its path below the project's folder.
         options: values of --cfg-options.
+        threads: of the run.
 
     Returns:
         Wall-clock seconds, start and loading included.
@@ -78,7 +79,8 @@ def train(config: str, folder: Path, options: Sequence[str]) -> float:
         UserError: see :func:`call`.
     """
     begin = time.monotonic()
-    call("tools/train.py", config, "--work-dir", str(folder), "--cfg-options", *options, log=folder / "log.txt")
+    call("tools/train.py", config, "--work-dir", str(folder), "--cfg-options", *options, log=folder / "log.txt",
+         threads=threads)  # fmt: skip
     return time.monotonic() - begin
 
 

@@ -57,7 +57,8 @@ sys.meta_path.insert(0, Told())
 """
     (tmp_path / "sitecustomize.py").write_text(hook)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | {"PYTHONPATH": paths}
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env["PYTHONPATH"] = paths
 
     def told(*arguments: str) -> list[str]:
         command = [sys.executable, "-m", "mmdet_lors", *arguments]

@@ -3,7 +3,6 @@
 import sys
 from argparse import ArgumentParser
 from dataclasses import replace
-from statistics import mean
 
 import pytest
 import torch
@@ -188,28 +187,3 @@ def test_plain_models_of_the_classification_study_serve_when_they_are_as_long(ru
 )
 def test_pela_study_refuses(arguments, message, monkeypatch, capsys):
     assert message in refused(TOOL, arguments, monkeypatch, capsys)
-
-
-def test_page_of_the_digits_study():
-    digits = load_tool("studies/digits_study.py")
-    plain = next(variant for variant in digits.VARIANTS if variant.seeds == (0, 1))
-    runs = [dict(ap=0.5, ap50=0.7, seconds=100), dict(ap=0.25, ap50=0.8, seconds=300)]
-    page = digits.page([(plain, 1234, runs)], epochs=12, jobs=2, picture="x.png", note="")
-    assert f"| {plain.name} | {plain.what} | 1,234 | 0.500, 0.250 | {mean((0.7, 0.8)):.3f} | 200 |" in page
-    assert "`python tools/studies/digits_study.py --epochs 12 --jobs 2`" in page
-    assert "2 runs of 12 epochs, 0.1 hours of training in all." in page
-
-
-def test_warm_start_is_converted_before_it_trains(tmp_path, monkeypatch):
-    digits, calls = load_tool("studies/digits_study.py"), []
-    warm = next(variant for variant in digits.VARIANTS if variant.warm_start)
-    monkeypatch.setattr(digits, "call", lambda *command, log: calls.append(command[0]))
-    monkeypatch.setattr(digits, "train", lambda config, folder, options: calls.append(options) or 5.0)
-    found = {"coco/bbox_mAP": 0.5, "coco/bbox_mAP_50": 0.75}
-    monkeypatch.setattr(digits, "evaluate", lambda *args: calls.append(args) or found)
-    expected = dict(ap=0.5, ap50=0.75, seconds=5.0)
-    assert [digits.train_and_test(warm, 0, tmp_path, epochs=3) for _ in range(2)] == [expected] * 2
-    converted, options, (config, checkpoint, folder, _) = calls
-    assert converted == "tools/model_converters/adamixer_to_lors.py" and config == digits.LORS
-    assert f"load_from={folder / 'start.pth'}" in options and "train_cfg.max_epochs=3" in options
-    assert checkpoint == folder / "epoch_3.pth"

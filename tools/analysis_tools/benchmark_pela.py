@@ -47,7 +47,7 @@ from mmdet_lors.classification.pretrained import read_weights
 from mmdet_lors.engine.checkpoint.reading import check_fit
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
-from mmdet_lors.pela import LowRankLinear, compress
+from mmdet_lors.pela import OMIT, LowRankLinear, compress
 from mmdet_lors.pela.low_rank import best_factors
 from mmdet_lors.valid_json import to_json
 

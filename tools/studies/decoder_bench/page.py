@@ -1,0 +1,106 @@
+"""Page and plot of the decoder study."""
+
+from datetime import date
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from mmdet_lors.analysis.study import machine, table
+
+from .results import MARGIN, Difference, Found, Results, missing, succeeded
+from .rows import CLAIMS, LORS, PLAIN, ROWS, Bench, Row
+
+
+def plot(found: Found, path: Path) -> None:
+    """Mean AP over decoder parameters, with the standard deviation over seeds."""
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    for row in ROWS:
+        runs = list(succeeded(found, row.name).values())
+        if not runs or row.length != 1 or row.optimizer or row.warm_up != Row.warm_up or row.warm_start:
+            continue
+        aps, place = [run["ap"] for run in runs], runs[0]["parameters"] / 1e6
+        colour = "tab:orange" if "lors" in row.decoder else "tab:blue"
+        axes.errorbar(place, mean(aps), stdev(aps) if len(aps) > 1 else 0, fmt="o", color=colour, capsize=3)
+        axes.annotate(row.name, (place, mean(aps)), textcoords="offset points", xytext=(6, 3), fontsize=8)
+    axes.set(xlabel="decoder parameters, millions", ylabel="AP, validation split")
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.15, y=0.1)
+    figure.savefig(path, dpi=110)
+
+
+def page(results: Results, command: str, picture: str) -> str:
+    """The study as Markdown."""
+    found, bench, features = results.found(), Bench(**results.content["bench"]), results.content["features"]
+    runs = [outcome for of_row in found.values() for outcome in of_row.values()]
+    good = [outcome for outcome in runs if "failed" not in outcome]
+    hours = (sum(outcome["seconds"] for outcome in runs) + features["seconds"]) / 3600
+    main = Difference.of(found, LORS, PLAIN)
+    lines = [
+        "# Does LORS reach the plain decoder?",
+        "",
+        *([f"On this bench LORS's AP minus plain's is **{main}**, mean and 95 % interval: that LORS reaches plain with "
+           f"a third of its parameters **{main.verdict(equal=True)}**.", ""] if main else []),
+        f"Made by `{command}`, page of {date.today()}; {machine()}. {len(good)} runs of {bench.iterations} iterations "
+        f"(batch {bench.batch_size}, learning rate {bench.learning_rate}), one thread each, {hours:.1f} hours of "
+        f"processes with the features.",
+        "",
+        "**The bench.** As the paper starts from a pre-trained backbone and only the decoder is new, backbone and neck "
+        f"were trained once on {bench.train_images} pictures of {bench.size} pixels of the embedded digits (AP "
+        f"{features['ap']:.3f} with their own plain decoder of three stages) and frozen. Every row's decoder of six "
+        f"stages, {bench.queries} queries and a content of 64 was trained from scratch on these features and judged on "
+        f"{bench.val_images} other pictures. AP's standard error from which pictures those are is "
+        f"{mean(outcome['error'] for outcome in good):.3f} (bootstrap, {len(good)} runs); the same pictures judge all "
+        "rows, so that differences between rows vary less.",
+        "",
+    ]  # fmt: skip
+    cells = []
+    for row in ROWS:
+        of_row = succeeded(found, row.name)
+        if not of_row:
+            continue
+        aps = [outcome["ap"] for outcome in of_row.values()]
+        spread = f" ± {stdev(aps):.3f}" if len(aps) > 1 else ""
+        difference = Difference.of(found, row.name, PLAIN) if row.name != PLAIN else None
+        parameters = next(iter(of_row.values()))["parameters"]
+        means = [mean(run[name] for run in of_row.values()) for name in ("ap50", "seconds")]
+        cells.append([row.name, row.what, f"{parameters / 1e6:.2f}", f"{mean(aps):.3f}{spread}", str(len(aps)),
+                      str(difference or ""), f"{means[0]:.3f}", f"{means[1]:.0f}"])  # fmt: skip
+    header = ["row", "", "decoder parameters, M", "AP ± s.d.", "seeds", "AP - plain [95 %]", "AP50", "training, s"]
+    lines += table(header, cells)
+    lines += ["", f"![AP over decoder parameters]({picture})", "", "## The paper's claims", ""]
+    told = []
+    for claim in CLAIMS:
+        difference = Difference.of(found, claim.row, claim.base)
+        verdict = difference.verdict(claim.equal) if difference else "not run"
+        told.append([claim.table, claim.text, f"{claim.row} - {claim.base}", str(difference or ""), verdict])
+    lines += table(["table", "claim", "rows", "difference of AP [95 %]", "verdict"], told)
+    lines += [
+        "",
+        f"Differences are paired by seed; intervals are Student's. A claim that rows are equal holds if the interval "
+        f"lies within {MARGIN} of zero, one that a row is better if it lies above zero.",
+        "",
+    ]
+    failed = [
+        f"- {name}, seed {seed}: {outcome['failed']}"
+        for name, of_row in found.items()
+        for seed, outcome in of_row.items()
+        if "failed" in outcome
+    ]
+    todo = missing(found)
+    lines += ["## Runs that failed", "", *(failed or ["None."]), ""]
+    if todo:
+        left = ", ".join(f"{row.name} (seed {seed})" for row, seed in todo)
+        lines += ["## Runs that are not done", "", f"{left}.", ""]
+    lines += [
+        "## What this is not",
+        "",
+        "Decoders here are 50 times smaller than the paper's, the features come from a detector with a plain decoder "
+        "and see ten classes of digits, and training takes minutes. It says nothing about COCO: there, LORS was not "
+        "trained by this project.",
+        "",
+    ]
+    return "\n".join(lines)

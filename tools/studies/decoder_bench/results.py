@@ -1,0 +1,127 @@
+"""The finished runs of the decoder study, and what their differences say."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+from mmdet_lors.errors import UserError
+from mmdet_lors.valid_json import to_json
+
+from .rows import ROWS, Bench, Row
+
+MARGIN = 0.01
+"""Two rows are called equal if the interval of their difference lies within this much AP."""
+
+
+Found = dict[str, dict[int, dict]]
+"""Row -> seed -> what its run returned."""
+
+
+class Results:
+    """The finished runs, in a JSON file that is written after each.
+
+    Args:
+        path: the file; it may not exist yet.
+        bench: the study's.
+
+    Raises:
+        UserError: the file has the results of another bench.
+    """
+
+    def __init__(self, path: Path, bench: Bench) -> None:
+        self.path, self.content = path, dict(bench=asdict(bench), features=None, rows={})
+        if path.is_file():
+            before = json.loads(path.read_text())
+            if before["bench"] != self.content["bench"]:
+                raise UserError(f"{path} has runs of {before['bench']}; choose another --out")
+            self.content = before
+
+    def use(self, features: dict) -> None:
+        """Note the features that runs use: all use the same.
+
+        Raises:
+            UserError: earlier runs used others.
+        """
+        before = self.content["features"]
+        if before is not None and before["digest"] != features["digest"]:
+            raise UserError(f"runs in {self.path} have other features than this machine makes; choose another --out")
+        self.content["features"] = features
+
+    def of(self, row: Row) -> dict[int, dict]:
+        """Seed -> outcome of the finished runs of a row, as it is now."""
+        kept = self.content["rows"].get(row.name, {})
+        if kept.get("settings") != json.loads(to_json(asdict(row) | dict(what="", seeds=0))):
+            return {}
+        return {int(seed): outcome for seed, outcome in kept["seeds"].items()}
+
+    def found(self) -> Found:
+        """All finished runs, by row."""
+        return {row.name: self.of(row) for row in ROWS}
+
+    def add(self, row: Row, seed: int, outcome: dict) -> None:
+        """Keep a finished run."""
+        seeds = {str(s): o for s, o in (self.of(row) | {seed: outcome}).items()}
+        self.content["rows"][row.name] = dict(settings=asdict(row) | dict(what="", seeds=0), seeds=seeds)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, as a whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(to_json(self.content, indent=1) + "\n")
+        part.replace(self.path)
+
+
+def missing(found: Found, names: list[str] | None = None, seeds: int | None = None) -> list[tuple[Row, int]]:
+    """Runs that are still to be done, failed ones again: all rows with one seed before any with two.
+
+    Args:
+        found: what there is.
+        names: of the rows that are wanted; None for all.
+        seeds: at most as many of each row.
+    """
+    rows = [row for row in ROWS if not names or row.name in names]
+    wanted = [(row, seed) for row in rows for seed in range(min(row.seeds, seeds or row.seeds))]
+    todo = [(row, seed) for row, seed in wanted if seed not in succeeded(found, row.name)]
+    return sorted(todo, key=lambda run: run[1])
+
+
+def succeeded(found: Found, row: str) -> dict[int, dict]:
+    """The runs of a row that did not fail."""
+    return {seed: outcome for seed, outcome in found.get(row, {}).items() if "failed" not in outcome}
+
+
+class Difference(NamedTuple):
+    """Mean of a row's AP minus another's with the same seed, and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, found: Found, row: str, base: str) -> "Difference | None":
+        """None if fewer than two seeds have both."""
+        runs, others = (succeeded(found, name) for name in (row, base))
+        each = [runs[seed]["ap"] - others[seed]["ap"] for seed in sorted(runs.keys() & others.keys())]
+        if len(each) < 2:
+            return None
+        half = float(student.ppf(0.975, len(each) - 1)) * stdev(each) / math.sqrt(len(each))
+        return cls(mean(each), mean(each) - half, mean(each) + half)
+
+    def verdict(self, equal: bool) -> str:
+        """What it says of a claim that the rows are equal, or that the first is better."""
+        if equal and self.low >= -MARGIN and self.high <= MARGIN:
+            return "holds here"
+        if not equal and self.low > 0:
+            return "holds here"
+        if equal and (self.low > 0 or self.high < 0):
+            return f"does not hold here: {'more' if self.low > 0 else 'less'}"
+        return "does not hold here" if not equal and self.high <= 0 else "cannot be told"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
