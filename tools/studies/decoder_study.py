@@ -53,8 +53,7 @@ def go_on(results: Results, bench: Bench, args: argparse.Namespace) -> None:
     results.use(prepare(bench, folder, args.device))
     print(f"features: AP {results.content['features']['ap']:.3f} with the decoder that they were trained with")
     todo = missing(results.found(), args.rows, args.seeds)
-    left, begin, done = sum(row.length for row, _ in todo), time.monotonic(), 0.0
-    total = left
+    total, done, begin = sum(row.length for row, _ in todo), 0.0, time.monotonic()
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         runs = {}
         waiting = iter(todo)
