@@ -84,5 +84,6 @@ def test_gives_no_ratio_beside_other_work(others, given, naive, monkeypatch):
 def test_refuses(arguments, message, naive, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    tool = load_tool("analysis_tools/benchmark.py")
     with pytest.raises(UserError, match=message):
-        load_tool("analysis_tools/benchmark.py").parse_args()
+        tool.check(tool.parse_args())

@@ -49,7 +49,7 @@ def test_runs_side_by_side_come_back_in_their_order():
 
 def test_options_of_a_study_are_named_after_it():
     parser = ArgumentParser()
-    shared.add_study_options(parser, "some_study")
+    load_tool("studies/options.py").add_study_options(parser, "some_study")
     args = parser.parse_args([])
     assert (str(args.work_dir), args.out, args.jobs) == ("work_dirs/some_study", ROOT / "docs/some_study.md", 2)
 
