@@ -19,10 +19,9 @@ def main() -> None:
     if name not in tools:
         sys.exit(f"error: {name} is not a tool of mmdet_lors; python -m mmdet_lors --help lists them")
     path = TOOLS / f"{name}.py"
-    # Python has imported the package without its parts. The tool imports it whole: after --help is answered, and after
-    # OpenMP is told how its threads wait, which has to be before torch is imported.
-    for module in ("mmdet_lors", "mmdet_lors.compatibility"):
-        sys.modules.pop(module, None)
+    if "mmdet_lors.registry" not in sys.modules:  # imported for -m, without its parts: the tool imports it whole
+        for module in ("mmdet_lors", "mmdet_lors.compatibility"):
+            sys.modules.pop(module, None)
     sys.argv = [str(path), *sys.argv[2:]]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")
