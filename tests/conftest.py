@@ -29,6 +29,7 @@ from torch import nn
 
 import mmdet_lors  # noqa: F401
 from mmdet_lors.engine import launch
+from mmdet_lors.lors import recompute
 
 ROOT = Path(__file__).parents[1]
 PLAIN_DIGITS = "configs/adamixer/adamixer_r18_digits.py"
@@ -55,6 +56,12 @@ def _registries():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _recompute(monkeypatch):
+    """What large models compute twice, the small ones of tests do as well."""
+    monkeypatch.setattr(recompute, "SMALL", 0)
 
 
 @pytest.fixture(autouse=True)

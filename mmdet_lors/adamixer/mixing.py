@@ -36,8 +36,8 @@ def mix(x: Tensor, M: Tensor, S: Tensor, project: Projection) -> Tensor:
 def mix_in_less_memory(x: Tensor, M: Tensor, S: Tensor, project: Projection) -> Tensor:
     """:func:`mix`, cut before each norm: the backward pass computes norms and ReLUs again, and no product."""
     x = x @ M
-    x = recompute(lambda x: S @ norm_relu(x), x)
-    return recompute(lambda x: project(norm_relu(x).flatten(2)), x)
+    x = recompute(lambda x: S @ norm_relu(x), x, instead_of=x.numel())
+    return recompute(lambda x: project(norm_relu(x).flatten(2)), x, instead_of=x.numel())
 
 
 class AdaptiveMixing(nn.Module):

@@ -1,6 +1,7 @@
 """Numbers of the host on a device, without waiting for the device."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -31,3 +32,8 @@ class ConstantsDoNotWait(TorchFunctionMode):
         if func is Tensor.new_tensor and len(args) == 2 and not kwargs:
             return to_device(args[1], args[0])
         return func(*args, **(kwargs or {}))
+
+
+def constants_do_not_wait(like: Tensor) -> AbstractContextManager:
+    """:class:`ConstantsDoNotWait`, but nothing on a CPU, where looking at every call takes time for nothing."""
+    return nullcontext() if like.is_cpu else ConstantsDoNotWait()

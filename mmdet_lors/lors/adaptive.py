@@ -226,7 +226,11 @@ class LORSA(Servable):
             return [self._generate(query, s, None, linear) for s, linear in enumerate(folded[layer])]
         private = self.private[layer]
         if private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold":
-            return [recompute(self._generate, query, s, private, block) for s, block in enumerate(self._blocks())]
+            sizes = [self.query_dim * self.copies * rows * cols for rows, cols in self.shapes]
+            return [
+                recompute(self._generate, query, s, private, block, instead_of=sizes[s])
+                for s, block in enumerate(self._blocks())
+            ]
         if private is not None:
             return private(query, None if self.shared is None else self.shared(query))
         assert self.shared is not None

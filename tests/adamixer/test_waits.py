@@ -16,10 +16,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmdet_lors.adamixer import criterion
 from mmdet_lors.adamixer.criterion import Criterion
 from mmdet_lors.adamixer.transfer import ConstantsDoNotWait, to_device
 
 aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(criterion, "constants_do_not_wait", lambda like: ConstantsDoNotWait())
+
+
 SIZED_BY_VALUES = {aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 TO_HOST = {Tensor.cpu, Tensor.numpy, Tensor.tolist}

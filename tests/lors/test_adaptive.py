@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdet_lors.lors import LORSA, AdaptiveWeights, adaptive, static
+from mmdet_lors.lors import LORSA, AdaptiveWeights, adaptive, recompute, static
 
 SHAPES = [(4, 4), (6, 5)]
 
@@ -106,6 +106,15 @@ def test_fold_keeps_neither_the_folded_generator_nor_split_weights():
     own = {p.untyped_storage().data_ptr() for p in [*module.parameters(), q]}
     assert all(t.untyped_storage().data_ptr() in own for t in kept if t.numel())
     assert all(w.is_contiguous() for w in weights)
+
+
+@pytest.mark.parametrize(("size", "times"), [(8, 2), (7, 1)])
+def test_what_is_small_is_kept_and_what_is_large_computed_again(size, times, monkeypatch):
+    monkeypatch.setattr(recompute, "SMALL", 8)
+    x, calls = torch.ones(2, requires_grad=True), []
+    out = recompute.recompute(lambda x: calls.append(x) or x.exp().exp(), x, instead_of=size)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert len(calls) == times and torch.allclose(gradient, (x + x.exp()).exp())
 
 
 def test_a_layer_without_groups_is_the_shared_generator():

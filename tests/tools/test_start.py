@@ -11,8 +11,7 @@ from conftest import ROOT, load_tool
 TOOLS = sorted(
     path.relative_to(ROOT / "tools").as_posix()
     for path in (ROOT / "tools").rglob("*.py")
-    if "__main__" in path.read_text()
-    and path.name != "torchrun.py"  # its options are torch's own
+    if "__main__" in path.read_text() and path.name != "torchrun.py"  # its options are torch's own
 )
 HEAVY = ["torch", "mmdet", "mmcv", "mmengine.runner", "mmdet_lors", "timm", "matplotlib", "scipy"]
 

@@ -93,7 +93,8 @@ def _grid_sample(pyramid: Pyramid, xy: Tensor, z: Tensor) -> Tensor:
     grids = _level_grids(pyramid.levels, xy).transpose(1, 2).flatten(0, 1).unbind(-2)
     weights = level_weights(z, pyramid.levels[:, 2]).transpose(1, 2).flatten(0, 1).unbind(-1)
     levels = zip(pyramid.features, grids, weights, strict=True)
-    sampled = reduce(torch.add, (recompute(_weighted_level, *level) for level in levels))
+    size = z.numel() * pyramid.features[0].shape[1]
+    sampled = reduce(torch.add, (recompute(_weighted_level, *level, instead_of=size) for level in levels))
     return sampled.unflatten(0, (batch, groups)).permute(0, 3, 1, 4, 2)
 
 
