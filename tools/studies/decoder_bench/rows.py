@@ -10,7 +10,7 @@ class Bench:
 
     iterations: int = 1500
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     queries: int = 12
     train_images: int = 3000
     val_images: int = 1000
@@ -54,7 +54,7 @@ def plain(**stage: int) -> dict:
 
 
 def faster(times: float, of: str = ".private.") -> dict:
-    """Optimizer settings for another learning rate of the private parts."""
+    """Optimizer settings for another learning rate of the parameters whose names have ``of`` in them."""
     return {of: dict(lr_mult=times)}
 
 
@@ -89,6 +89,10 @@ ROWS = [
         optimizer=faster(0.5, ".A")),
     Row("no private decay", "no weight decay of A, B and E", lors(), optimizer={".private.": dict(decay_mult=0)}),
     Row("long warm-up", "learning rate rises for 15 % of the iterations", lors(), warm_up=0.15),
+    Row("plain, lr / 2", "learning rate of everything", seeds=1, optimizer=faster(0.5, "")),
+    Row("LORS, lr / 2", "learning rate of everything", lors(), seeds=1, optimizer=faster(0.5, "")),
+    Row("plain, lr x2", "learning rate of everything", seeds=1, optimizer=faster(2, "")),
+    Row("LORS, lr x2", "learning rate of everything", lors(), seeds=1, optimizer=faster(2, "")),
     Row("plain, twice as long", "twice the iterations", length=2),
     Row("LORS, twice as long", "twice the iterations", lors(), length=2),
 ]  # fmt: skip
