@@ -44,6 +44,7 @@ def page(results: Results, command: str, picture: str) -> str:
         "",
         *([f"On this bench LORS's AP minus plain's is **{main}**, mean and 95 % interval: that LORS reaches plain with "
            f"a third of its parameters **{main.verdict(equal=True)}**.", ""] if main else []),
+        *([f"**Not finished**: {len(missing(found))} runs are still to be done.", ""] if missing(found) else []),
         f"Made by `{command}`, page of {date.today()}; {machine()}. {len(good)} runs of {bench.iterations} iterations "
         f"(batch {bench.batch_size}, learning rate {bench.learning_rate}), one thread each, {hours:.1f} hours of "
         f"processes with the features.",
