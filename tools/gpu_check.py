@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
 from functools import partial
@@ -23,21 +22,21 @@ from pathlib import Path
 from device_checks import ROOT
 
 SECTIONS = {
-    "environment": 30,
-    "golden": 60,
-    "sampling": 60,
-    "precision": 30,
-    "compile": 90,
-    "waits": 60,
-    "speed": 150,
-    "matrix rate": 30,
-    "profile": 40,
-    "launch": 60,
-    "stop and resume": 60,
-    "loss scaler": 60,
-    "digits": 1e9,
+    "environment": (lambda: environment, 30),
+    "golden": (lambda: golden, 60),
+    "sampling": (lambda: sampling, 60),
+    "precision": (lambda: precision, 30),
+    "compile": (lambda: compiled, 90),
+    "waits": (lambda: waits, 60),
+    "speed": (lambda: speed, 150),
+    "matrix rate": (lambda: matrix_rate, 30),
+    "profile": (lambda: profile, 40),
+    "launch": (lambda: launch, 60),
+    "stop and resume": (lambda: stop_and_resume, 60),
+    "loss scaler": (lambda: loss_scaler, 60),
+    "digits": (lambda: digits, 1e9),
 }
-"""What is checked, and the seconds that it may take at most."""
+"""What is checked, by a function that is imported only below, and the seconds that it may take at most."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,22 +70,13 @@ from mmdet_lors.engine.machine import usable
 from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.valid_json import to_json
 
-Section = Callable[[Machine, Sheet], None]
-RUN: dict[str, Section] = dict(
-    zip(
-        SECTIONS,
-        (environment, golden, sampling, precision, compiled, waits, speed, matrix_rate, profile, launch,
-         stop_and_resume, loss_scaler, digits),
-        strict=True,
-    )
-)  # fmt: skip
 GRACE = 5
 """Seconds more for a section that watches the clock, to end by itself."""
 
 
 def conduct(name: str, machine: Machine, sheet: Sheet) -> None:
     """Run one section; whatever happens in it is on its sheet."""
-    section, most = RUN[name], SECTIONS[name]
+    section, most = SECTIONS[name]
     begin = time.monotonic()
     machine.until = begin + most
     if machine.left() < 1:
@@ -101,7 +91,7 @@ def conduct(name: str, machine: Machine, sheet: Sheet) -> None:
         if alarm:
             before = signal.signal(signal.SIGALRM, time_up)
             signal.setitimer(signal.ITIMER_REAL, machine.left() + GRACE)
-        section(machine, sheet)
+        section()(machine, sheet)
     except Skipped as skipped:
         sheet.status, sheet.why = "SKIPPED", str(skipped)
     except TimeUp:

@@ -56,8 +56,8 @@ def test_a_section_that_breaks_fails_and_the_next_still_runs(tool, monkeypatch, 
         sheet.table("what").append(["found before"])
         raise RuntimeError("no\nluck")
 
-    monkeypatch.setitem(tool.RUN, "golden", broken)
-    monkeypatch.setitem(tool.RUN, "digits", lambda machine, sheet: None)
+    monkeypatch.setitem(tool.SECTIONS, "golden", (lambda: broken, 60))
+    monkeypatch.setitem(tool.SECTIONS, "digits", (lambda: lambda machine, sheet: None, 60))
     found = call(tool, monkeypatch, tmp_path, "--sections", "golden", "digits")
     golden = found["sections"]["golden"]
     assert (golden["status"], golden["why"]) == ("FAIL", "RuntimeError: no")
@@ -74,8 +74,7 @@ def test_what_a_section_found_before_its_time_was_up_is_kept(tool, monkeypatch, 
             time.sleep(60)
 
     monkeypatch.setattr(tool, "GRACE", 0)
-    monkeypatch.setitem(tool.RUN, "golden", endless)
-    monkeypatch.setitem(tool.SECTIONS, "golden", 1.2)
+    monkeypatch.setitem(tool.SECTIONS, "golden", (lambda: endless, 1.2))
     found = call(tool, monkeypatch, tmp_path, "--sections", "golden")["sections"]["golden"]
     assert found["status"] == "SKIPPED" and found["why"].startswith("not done after 1") and found["figures"]["first"]
 

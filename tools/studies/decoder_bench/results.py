@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from scipy.stats import t as student
 
+from mmdet_lors.engine.checkpoint.whole_files import write_whole
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 
@@ -71,10 +72,7 @@ class Results:
 
     def write(self) -> None:
         """Write the file, as a whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(to_json(self.content, indent=1) + "\n")
-        part.replace(self.path)
+        write_whole(self.path, (to_json(self.content, indent=1) + "\n").encode())
 
 
 def missing(found: Found, names: list[str] | None = None, seeds: int | None = None) -> list[tuple[Row, int]]:
