@@ -8,6 +8,7 @@ from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_l
 from mmdet.registry import MODELS
 
 from mmdet_lors.conversion.folding import folded_state_dict
+from mmdet_lors.conversion.warm_start import start_from_plain_
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
 from mmdet_lors.errors import UserError
 
@@ -44,7 +45,7 @@ def convert(monkeypatch, root, *arguments):
 def test_a_folded_lors_detector_comes_back(lors):
     cfg = lors_config(**lors)
     true, ours = random_lors(cfg.model), MODELS.build(cfg.model).eval()
-    errors = load_tool(TOOL).convert(folded_state_dict(true), ours, turns=60)
+    errors = start_from_plain_(ours, folded_state_dict(true), turns=60)
     assert max(e.fitted for e in errors.values()) < 1e-4
     assert len(errors) == 3 * (2 * (true.decoder.lorsa is not None) + (true.decoder.lorst is not None))
     images = torch.randn(1, 3, 64, 96)

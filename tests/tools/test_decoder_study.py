@@ -35,7 +35,7 @@ def test_the_whole_study_at_toy_size(study, part, monkeypatch, capsys, tmp_path)
     rows = [row.name for row in part("rows").ROWS]
     runs = json.loads((tmp_path / "page.json").read_text())["rows"]
     assert list(runs) and set(runs) == set(rows)
-    assert not [name for name in rows if "failed" in runs[name]["seeds"]["0"]]
+    assert not [name for name in rows if "failed" in runs[name]["runs"][0]]
     page = (tmp_path / "page.md").read_text()
     assert all(f"| {name} |" in page for name in rows) and "## Runs that are not done" in page
     assert (tmp_path / "page.png").stat().st_size > 1000
@@ -48,13 +48,10 @@ def test_the_whole_study_at_toy_size(study, part, monkeypatch, capsys, tmp_path)
     assert (tmp_path / "page.json").read_text() == before and (tmp_path / "page.md").read_text() == page
 
     assert "has runs of" in refused(TOOL, [*map(str, options), "--iterations", "3"], monkeypatch, capsys)
-    result = tmp_path / "work" / "result.json"
-    result.write_text(json.dumps(json.loads(result.read_text()) | dict(digest="0")))
-    assert "have other features" in refused(TOOL, [*map(str, options)], monkeypatch, capsys)
 
 
 def found(part, **aps: list[float]) -> dict:
-    runs = {name.replace("_", " "): dict(enumerate(dict(ap=ap) for ap in values)) for name, values in aps.items()}
+    runs = {name: {(seed, "a"): dict(ap=ap) for seed, ap in enumerate(values)} for name, values in aps.items()}
     return {row.name: runs.get(row.name, {}) for row in part("rows").ROWS}
 
 
@@ -91,13 +88,36 @@ def test_failed_runs_are_listed_and_run_again_and_seeds_are_finished_in_order(pa
     kept.add(plain, 0, outcome)
     kept.add(lors, 0, dict(failed="FloatingPointError: loss is nan", seconds=3))
     kept = results.Results(tmp_path / "page.json", runs.Bench())
-    todo = [(row.name, seed) for row, seed in results.missing(kept.found())]
+    todo = [(row.name, seed) for row, seed in kept.missing()]
     assert todo[0] == ("LORS", 0) and ("plain", 0) not in todo
     assert [seed for _, seed in todo] == sorted(seed for _, seed in todo) and todo[-1] == ("LORS", 4)
     page = part("page").page(kept, "command", "x.png")
     assert "- LORS, seed 0: FloatingPointError: loss is nan" in page and "| LORS |" not in page
     # A row whose settings have changed since is another row.
-    assert kept.of(replace(plain, warm_up=0.5)) == {} and kept.of(replace(plain, what="other words")) == {0: outcome}
+    assert kept.of(replace(plain, warm_up=0.5)) == {}
+    assert list(kept.of(replace(plain, what="other words"))) == [(0, "a")]
+
+
+def test_runs_with_other_features_are_kept_but_never_paired(part, tmp_path):
+    rows, results = part("rows"), part("results")
+    outcome, names = dict(ap=0.5, seconds=30), ["plain", "LORS"]
+    plain, lors = rows.ROWS[:2]
+    kept = results.Results(tmp_path / "page.json", rows.Bench())
+    kept.use(dict(ap=0.7, seconds=60, digest="a"))
+    for row, seed in ((plain, 0), (lors, 0), (plain, 1)):
+        kept.add(row, seed, outcome)
+    assert [(row.name, seed) for row, seed in kept.missing(names, seeds=2)] == [("LORS", 1)]
+
+    kept = results.Results(tmp_path / "page.json", rows.Bench())
+    kept.use(dict(ap=0.71, seconds=60, digest="b"))
+    # Seed 0 is complete; seed 1 was begun on features that this machine does not have.
+    assert [(row.name, seed) for row, seed in kept.missing(names, seeds=2)] == [("plain", 1), ("LORS", 1)]
+    kept.add(lors, 1, outcome | dict(ap=0.4))
+    assert results.Difference.of(kept.found(), "LORS", "plain") is None
+    kept.add(plain, 1, outcome)
+    assert kept.missing(names, seeds=2) == []
+    assert results.Difference.of(kept.found(), "LORS", "plain").mean == pytest.approx(-0.05)
+    assert len(kept.of(plain)) == 3 and list(kept.content["features"]) == ["a", "b"]
 
 
 def test_small_plain_decoders_are_as_large_as_lors(part):

@@ -7,7 +7,6 @@ tools/train.py LORS_CONFIG --cfg-options load_from=OUT.
 
 import argparse
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -39,21 +38,16 @@ if __name__ == "__main__":
 
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from torch import Tensor
 
-from mmdet_lors.adamixer import AdaMixerDecoderStage, QueryBased
+from mmdet_lors.adamixer import AdaMixerDecoderStage
 from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.analysis.complexity import build_on_meta
+from mmdet_lors.conversion.warm_start import Errors, start_from_plain_
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
 from mmdet_lors.engine.launch import run
 from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError
-from mmdet_lors.lors.warm_start import FitError, fit_lorsa_, fit_lorst_
-
-LORS_KEYS = ("decoder.lorsa.", "decoder.lorst.")
-WEIGHTS = ("M (channel mixing)", "S (spatial mixing)", "W_out (output projection)")
-Errors = dict[tuple[int, str], FitError]
 
 
 def check_configs(plain: Config, lors: Config) -> None:
@@ -81,42 +75,6 @@ def check_configs(plain: Config, lors: Config) -> None:
             )
 
 
-def convert(weights: Mapping[str, Tensor], model: QueryBased, turns: int) -> Errors:
-    """Fill a detector with LORS from a plain one's weights.
-
-    Args:
-        weights: state dict of a plain AdaMixer with the same stages.
-        model: the detector with LORS, filled in place.
-        turns: see :func:`mmdet_lors.lors.warm_start.fit_adaptive`.
-
-    Returns:
-        Relative error by stage and weight; the stages' own weights are copied and not listed.
-
-    Raises:
-        UserError: a weight to be copied is missing or has another shape.
-    """
-    copied = {k: v for k, v in model.state_dict().items() if not k.startswith(LORS_KEYS)}
-    for key, value in copied.items():
-        if key not in weights or weights[key].shape != value.shape:
-            found = tuple(weights[key].shape) if key in weights else "missing"
-            raise UserError(f"{key} is {found} in the plain AdaMixer, but LORS_CONFIG needs {tuple(value.shape)}")
-    model.load_state_dict({k: weights[k] for k in copied}, strict=False)
-
-    decoder, errors = model.decoder, {}
-
-    def stack(layer: str) -> tuple[list[Tensor], list[Tensor]]:
-        names = [f"decoder.stages.{i}.mixing.{layer}" for i in range(len(decoder.stages))]
-        return [weights[f"{n}.weight"].float() for n in names], [weights[f"{n}.bias"].float() for n in names]
-
-    if decoder.lorsa is not None:
-        for i, pair in enumerate(fit_lorsa_(decoder.lorsa, *stack("parameter_generator"), turns=turns)):
-            errors.update({(i, weight): error for weight, error in zip(WEIGHTS[:2], pair, strict=True)})
-    if decoder.lorst is not None:
-        for i, error in enumerate(fit_lorst_(decoder.lorst, *stack("out_proj"), turns=turns)):
-            errors[i, WEIGHTS[2]] = error
-    return errors
-
-
 def error_table(errors: Errors) -> Table:
     """Relative errors, one row per stage and weight."""
     table = Table(title="relative error of the fitted weights, |W_plain - W_LORS| / |W_plain|", title_justify="left")
@@ -138,7 +96,7 @@ def main() -> None:
     check_configs(plain, lors)
     weights, meta = read_weights(args.checkpoint, build_on_meta(plain.model))
     model = MODELS.build(lors.model)
-    errors = convert(weights, model, args.turns)
+    errors = start_from_plain_(model, weights, args.turns)
     meta = {k: meta[k] for k in ("dataset_meta",) if k in meta}
     write_checkpoint(dict(meta=dict(meta, cfg=lors.pretty_text), state_dict=model.state_dict()), args.out)
     console = Console()

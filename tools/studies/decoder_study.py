@@ -39,7 +39,7 @@ if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports that take seconds
 
 from decoder_bench.page import page, plot
-from decoder_bench.results import Results, missing, succeeded
+from decoder_bench.results import Results, succeeded
 from decoder_bench.runs import one_run, prepare
 
 from mmdet_lors.engine.launch import run
@@ -50,9 +50,10 @@ def go_on(results: Results, bench: Bench, args: argparse.Namespace) -> None:
     """Run what is missing, and say after each run what it found and how long the rest will take."""
     folder = args.work_dir.absolute()
     print(f"features of {bench.train_images} images, {bench.feature_epochs} epochs, in {folder}", flush=True)
-    results.use(prepare(bench, folder, args.device))
-    print(f"features: AP {results.content['features']['ap']:.3f} with the decoder that they were trained with")
-    todo = missing(results.found(), args.rows, args.seeds)
+    features = prepare(bench, folder, args.device)
+    print(f"features: AP {features['ap']:.3f} with the decoder that they were trained with", flush=True)
+    results.use(features)
+    todo = results.missing(args.rows, args.seeds)
     total, done, begin = sum(row.length for row, _ in todo), 0.0, time.monotonic()
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         runs = {}

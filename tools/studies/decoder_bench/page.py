@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from mmdet_lors.analysis.study import machine, table
 
-from .results import MARGIN, Difference, Found, Results, missing, succeeded
+from .results import MARGIN, Difference, Found, Results, succeeded
 from .rows import CLAIMS, LORS, PLAIN, ROWS, Bench, Row
 
 
@@ -34,25 +34,27 @@ def plot(found: Found, path: Path) -> None:
 
 def page(results: Results, command: str, picture: str) -> str:
     """The study as Markdown."""
-    found, bench, features = results.found(), Bench(**results.content["bench"]), results.content["features"]
+    found, bench, features = results.found(), Bench(**results.content["bench"]), results.content["features"].values()
+    todo = results.missing()
     runs = [outcome for of_row in found.values() for outcome in of_row.values()]
     good = [outcome for outcome in runs if "failed" not in outcome]
-    hours = (sum(outcome["seconds"] for outcome in runs) + features["seconds"]) / 3600
+    hours = sum(outcome["seconds"] for outcome in (*runs, *features)) / 3600
+    of_features = ", ".join(f"{made['ap']:.3f}" for made in features)
     main = Difference.of(found, LORS, PLAIN)
     lines = [
         "# Does LORS reach the plain decoder?",
         "",
         *([f"On this bench LORS's AP minus plain's is **{main}**, mean and 95 % interval: that LORS reaches plain with "
            f"a third of its parameters **{main.verdict(equal=True)}**.", ""] if main else []),
-        *([f"**Not finished**: {len(missing(found))} runs are still to be done.", ""] if missing(found) else []),
+        *([f"**Not finished**: {len(todo)} runs are still to be done.", ""] if todo else []),
         f"Made by `{command}`, page of {date.today()}; {machine()}. {len(good)} runs of {bench.iterations} iterations "
         f"(batch {bench.batch_size}, learning rate {bench.learning_rate}), one thread each, {hours:.1f} hours of "
         f"processes with the features.",
         "",
         "**The bench.** As the paper starts from a pre-trained backbone and only the decoder is new, backbone and neck "
         f"were trained once on {bench.train_images} pictures of {bench.size} pixels of the embedded digits (AP "
-        f"{features['ap']:.3f} with their own plain decoder of three stages) and frozen. Every row's decoder of six "
-        f"stages, {bench.queries} queries and a content of 64 was trained from scratch on these features and judged on "
+        f"{of_features} with their own plain decoder of three stages) and frozen. Every row's decoder of six stages, "
+        f"{bench.queries} queries and a content of 64 was trained from scratch on these features and judged on "
         f"{bench.val_images} other pictures. AP's standard error from which pictures those are is "
         f"{mean(outcome['error'] for outcome in good):.3f} (bootstrap, {len(good)} runs); the same pictures judge all "
         "rows, so that differences between rows vary less.",
@@ -81,17 +83,16 @@ def page(results: Results, command: str, picture: str) -> str:
     lines += table(["table", "claim", "rows", "difference of AP [95 %]", "verdict"], told)
     lines += [
         "",
-        f"Differences are paired by seed; intervals are Student's. A claim that rows are equal holds if the interval "
-        f"lies within {MARGIN} of zero, one that a row is better if it lies above zero.",
+        "Differences are paired by seed and features; intervals are Student's. A claim that rows are equal holds if "
+        f"the interval lies within {MARGIN} of zero, one that a row is better if it lies above zero.",
         "",
     ]
     failed = [
-        f"- {name}, seed {seed}: {outcome['failed']}"
+        f"- {name}, seed {outcome['seed']}: {outcome['failed']}"
         for name, of_row in found.items()
-        for seed, outcome in of_row.items()
+        for outcome in of_row.values()
         if "failed" in outcome
     ]
-    todo = missing(found)
     lines += ["## Runs that failed", "", *(failed or ["None."]), ""]
     if todo:
         left = ", ".join(f"{row.name} (seed {seed})" for row, seed in todo)

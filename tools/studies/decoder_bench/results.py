@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,8 +20,10 @@ MARGIN = 0.01
 """Two rows are called equal if the interval of their difference lies within this much AP."""
 
 
-Found = dict[str, dict[int, dict]]
-"""Row -> seed -> what its run returned."""
+Key = tuple[int, str]
+"""Seed, and digest of the features: runs with equal keys are a pair."""
+Found = dict[str, dict[Key, dict]]
+"""Row -> key -> what its run returned."""
 
 
 class Results:
@@ -35,30 +38,25 @@ class Results:
     """
 
     def __init__(self, path: Path, bench: Bench) -> None:
-        self.path, self.content = path, dict(bench=asdict(bench), features=None, rows={})
+        self.path, self.content = path, dict(bench=asdict(bench), features={}, rows={})
         if path.is_file():
             before = json.loads(path.read_text())
             if before["bench"] != self.content["bench"]:
                 raise UserError(f"{path} has runs of {before['bench']}; choose another --out")
             self.content = before
+        self.digest = next(reversed(self.content["features"]), "")
 
     def use(self, features: dict) -> None:
-        """Note the features that runs use: all use the same.
+        """Note the features of the runs to come: another machine rounds differently, and makes others."""
+        self.digest = features["digest"]
+        self.content["features"].setdefault(self.digest, features)
 
-        Raises:
-            UserError: earlier runs used others.
-        """
-        before = self.content["features"]
-        if before is not None and before["digest"] != features["digest"]:
-            raise UserError(f"runs in {self.path} have other features than this machine makes; choose another --out")
-        self.content["features"] = features
-
-    def of(self, row: Row) -> dict[int, dict]:
-        """Seed -> outcome of the finished runs of a row, as it is now."""
+    def of(self, row: Row) -> dict[Key, dict]:
+        """The finished runs of a row, as it is now."""
         kept = self.content["rows"].get(row.name, {})
         if kept.get("settings") != json.loads(to_json(asdict(row) | dict(what="", seeds=0))):
             return {}
-        return {int(seed): outcome for seed, outcome in kept["seeds"].items()}
+        return {(outcome["seed"], outcome["features"]): outcome for outcome in kept["runs"]}
 
     def found(self) -> Found:
         """All finished runs, by row."""
@@ -66,36 +64,40 @@ class Results:
 
     def add(self, row: Row, seed: int, outcome: dict) -> None:
         """Keep a finished run."""
-        seeds = {str(s): o for s, o in (self.of(row) | {seed: outcome}).items()}
-        self.content["rows"][row.name] = dict(settings=asdict(row) | dict(what="", seeds=0), seeds=seeds)
-        self.write()
-
-    def write(self) -> None:
-        """Write the file, as a whole or not at all."""
+        key = seed, self.digest
+        runs = self.of(row) | {key: outcome | dict(seed=seed, features=self.digest)}
+        self.content["rows"][row.name] = dict(settings=asdict(row) | dict(what="", seeds=0), runs=list(runs.values()))
         write_whole(self.path, (to_json(self.content, indent=1) + "\n").encode())
 
+    def missing(self, names: list[str] | None = None, seeds: int | None = None) -> list[tuple[Row, int]]:
+        """Runs that are still to be done, failed ones again: all rows with one seed before any with two.
 
-def missing(found: Found, names: list[str] | None = None, seeds: int | None = None) -> list[tuple[Row, int]]:
-    """Runs that are still to be done, failed ones again: all rows with one seed before any with two.
+        A seed is done when all rows have been run with it on the same features; else it is gone on with, or begun
+        anew, on the present ones.
 
-    Args:
-        found: what there is.
-        names: of the rows that are wanted; None for all.
-        seeds: at most as many of each row.
-    """
-    rows = [row for row in ROWS if not names or row.name in names]
-    wanted = [(row, seed) for row in rows for seed in range(min(row.seeds, seeds or row.seeds))]
-    todo = [(row, seed) for row, seed in wanted if seed not in succeeded(found, row.name)]
-    return sorted(todo, key=lambda run: run[1])
+        Args:
+            names: of the rows that are wanted; None for all.
+            seeds: at most as many of each row.
+        """
+        rows = [row for row in ROWS if not names or row.name in names]
+        done = {row.name: succeeded(self.found(), row.name).keys() for row in rows}
+        todo = []
+        for seed in range(min(max(row.seeds for row in rows), seeds or sys.maxsize)):
+            wanted = [row for row in rows if seed < row.seeds]
+            left = {digest: [row for row in wanted if (seed, digest) not in done[row.name]]
+                    for digest in (*self.content["features"], self.digest)}  # fmt: skip
+            if all(left.values()):
+                todo += [(row, seed) for row in left[self.digest]]
+        return todo
 
 
-def succeeded(found: Found, row: str) -> dict[int, dict]:
+def succeeded(found: Found, row: str) -> dict[Key, dict]:
     """The runs of a row that did not fail."""
-    return {seed: outcome for seed, outcome in found.get(row, {}).items() if "failed" not in outcome}
+    return {key: outcome for key, outcome in found.get(row, {}).items() if "failed" not in outcome}
 
 
 class Difference(NamedTuple):
-    """Mean of a row's AP minus another's with the same seed, and its 95 % interval."""
+    """Mean of a row's AP minus another's with the same seed and features, and its 95 % interval."""
 
     mean: float
     low: float
@@ -103,9 +105,9 @@ class Difference(NamedTuple):
 
     @classmethod
     def of(cls, found: Found, row: str, base: str) -> "Difference | None":
-        """None if fewer than two seeds have both."""
+        """None if there are fewer than two pairs."""
         runs, others = (succeeded(found, name) for name in (row, base))
-        each = [runs[seed]["ap"] - others[seed]["ap"] for seed in sorted(runs.keys() & others.keys())]
+        each = [runs[key]["ap"] - others[key]["ap"] for key in sorted(runs.keys() & others.keys())]
         if len(each) < 2:
             return None
         half = float(student.ppf(0.975, len(each) - 1)) * stdev(each) / math.sqrt(len(each))

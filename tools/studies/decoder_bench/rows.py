@@ -8,10 +8,10 @@ from typing import NamedTuple
 class Bench:
     """What all runs have in common."""
 
-    iterations: int = 1500
+    iterations: int = 3000
     batch_size: int = 16
     learning_rate: float = 5e-4
-    queries: int = 12
+    queries: int = 8
     train_images: int = 3000
     val_images: int = 1000
     size: int = 96

@@ -25,9 +25,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from mmdet_lors.analysis.study import ROOT, call, evaluate, last_epoch_only, once, train
+from mmdet_lors.conversion.warm_start import start_from_plain_
 from mmdet_lors.engine.machine import keep_memory
 from mmdet_lors.errors import first_line
-from mmdet_lors.lors.warm_start import fit_lorsa_, fit_lorst_
 
 from .rows import Bench, Row
 
@@ -193,7 +193,8 @@ class Trained(nn.Module):
 def learn(bench: Bench, row: Row, model: Trained, features: Features, iterations: int, seed: int) -> None:
     """Train; the learning rate rises linearly, then falls to zero along a cosine."""
     cfg = config(bench, {})
-    cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=row.optimizer)
+    if row.optimizer:  # mmengine makes a group of each parameter, which costs a tenth of an iteration
+        cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=row.optimizer)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     rising = max(1, round(row.warm_up * iterations))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -246,18 +247,6 @@ def precision(evaluation: COCOeval) -> tuple[float, float]:
     return tuple(float(part[part > -1].mean()) for part in (found, found[0]))
 
 
-@torch.no_grad()
-def start_from(model: Trained, plain: Trained) -> None:
-    """Fit a LORS decoder to a trained plain one, and copy the rest."""
-    model.load_state_dict(
-        {name: value for name, value in plain.state_dict().items() if name in model.state_dict()}, strict=False
-    )
-    mixing = [stage.mixing for stage in plain.decoder.stages]
-    generators, projections = [m.parameter_generator for m in mixing], [m.out_proj for m in mixing]
-    fit_lorsa_(model.decoder.lorsa, [g.weight for g in generators], [g.bias for g in generators])
-    fit_lorst_(model.decoder.lorst, [p.weight for p in projections], [p.bias for p in projections])
-
-
 def one_run(bench: Bench, row: Row, seed: int, folder: Path, device: str = "cpu") -> dict:
     """Train and judge one row with one seed, in a process of its own.
 
@@ -279,7 +268,7 @@ def one_run(bench: Bench, row: Row, seed: int, folder: Path, device: str = "cpu"
         if row.warm_start:
             plain = Trained(config(bench, {}).model, channels, sides).to(device)
             learn(bench, row, plain, features["train"], iterations // 2, seed)
-            start_from(model, plain)
+            start_from_plain_(model, plain.state_dict())
             iterations -= iterations // 2
         for name, parameter in model.named_parameters():
             if ".private." in name and ".A" in name:
