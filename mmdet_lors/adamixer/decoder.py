@@ -16,6 +16,7 @@ from mmdet_lors.lors import LORSA, LORST
 
 from .boxes import xyzr_to_xyxy
 from .criterion import Criterion
+from .early_exit import EarlyExit
 from .sampling.backends import BACKENDS, arrange
 from .stage import StageOutput
 from .transfer import to_device
@@ -66,10 +67,12 @@ class AdaMixerDecoder(Criterion):
         sampling: back end of 3D sampling, see :func:`~mmdet_lors.adamixer.sampling.backends.arrange`.
         compile: compile every stage with ``torch.compile``, as one graph each; a dict holds its arguments.
         train_cfg: ``dict(assigner=...)``, a Hungarian assigner; its match costs are used.
-        test_cfg: ``dict(max_per_img=...)``.
+        test_cfg: ``dict(max_per_img=..., num_stages=..., keep_queries=...)``: how many detections an image has, and
+            how far prediction goes, see :class:`~mmdet_lors.adamixer.early_exit.EarlyExit`.
 
     Raises:
-        UserError: a ``lors`` field that is unknown or does not fit the stages, or a stage that cannot be built.
+        UserError: a field of ``lors`` or ``test_cfg`` that is unknown or does not fit the stages; a stage that cannot
+            be built.
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class AdaMixerDecoder(Criterion):
             raise UserError(f"decoder.sampling must be one of auto, {', '.join(BACKENDS)}, got {sampling!r}")
         self.sampling = sampling
         self.featmap_strides = list(featmap_strides)
-        self.max_per_img = (test_cfg or {}).get("max_per_img", 100)
+        self.num_stages = num_stages
+        self.set_test_cfg(**(test_cfg or {}))
 
         halves = check_lors(lors)
         stage = ConfigDict(
@@ -112,6 +116,17 @@ class AdaMixerDecoder(Criterion):
         self.lorsa = self._build_half("adaptive", partial(LORSA, *sizes), halves)
         self.lorst = self._build_half("static", partial(LORST, mixing.out_features, content_dim, num_stages), halves)
 
+    def set_test_cfg(
+        self, max_per_img: int = 100, num_stages: int | None = None, keep_queries: Sequence[int] = (), **unknown: object
+    ) -> None:
+        """Predict in another way from now on; see ``test_cfg`` of the class."""
+        if unknown:
+            raise UserError(f"test_cfg.{next(iter(unknown))} is unknown; known: max_per_img, num_stages, keep_queries")
+        self.max_per_img = max_per_img
+        self.early_exit = EarlyExit(self.num_stages if num_stages is None else num_stages, keep_queries)
+        if self.early_exit.num_stages > self.num_stages:
+            raise UserError(f"test_cfg.num_stages is {num_stages}, but the decoder has {self.num_stages} stages")
+
     @staticmethod
     def _build_half(name: str, build: Callable[..., Half], halves: dict[str, dict]) -> Half | None:
         try:
@@ -126,17 +141,21 @@ class AdaMixerDecoder(Criterion):
             if half is not None:
                 half.reset_parameters()
 
-    def forward(self, feats: Sequence[Tensor], xyzr: Tensor, content: Tensor) -> list[StageOutput]:
+    def forward(
+        self, feats: Sequence[Tensor], xyzr: Tensor, content: Tensor, until: EarlyExit | None = None
+    ) -> list[StageOutput]:
         """Run all stages; each starts from the detached positions of the one before.
 
         Args:
             feats: L levels (B, feat_channels, H_l, W_l).
             xyzr: initial positions (B, N, 4).
             content: initial content (B, N, d).
+            until: how far to go; None for all the way.
 
         Returns:
-            One :class:`StageOutput` per stage.
+            One :class:`StageOutput` per stage that ran.
         """
+        until = until or EarlyExit(self.num_stages)
         if len(feats) != len(self.featmap_strides):
             raise UserError(
                 f"decoder.featmap_strides has {len(self.featmap_strides)} entries for {len(feats)} feature levels"
@@ -145,11 +164,12 @@ class AdaMixerDecoder(Criterion):
         generators = self.lorsa and self.lorsa.for_pass()
         projections = self.lorst and self.lorst.for_pass()
         outputs = []
-        for i, stage in enumerate(self.stages):
+        for i in range(until.num_stages):
             generate = self.lorsa and partial(self.lorsa, layer=i, folded=generators)
             project = self.lorst and partial(self.lorst, layer=i, folded=projections)
-            cls_score, xyzr, content = stage(pyramid, xyzr, content, generate, project)
+            cls_score, xyzr, content = self.stages[i](pyramid, xyzr, content, generate, project)
             outputs.append(StageOutput(cls_score, xyzr, xyzr_to_xyxy(xyzr), content))
+            xyzr, content = until.next(i, outputs[-1])
             xyzr = xyzr.detach()
         return outputs
 
@@ -161,24 +181,28 @@ class AdaMixerDecoder(Criterion):
         batch_data_samples: SampleList,
         rescale: bool = True,
     ) -> list[InstanceData]:
-        """Detections of the last stage: sigmoid scores, the ``max_per_img`` best over queries x classes, no NMS.
+        """Detections: sigmoid scores, the ``max_per_img`` best over queries x classes, no NMS.
 
         Returns:
             Per image: scores (n,), labels (n,), bboxes (n, 4), in the original image's pixels with ``rescale``.
         """
-        bboxes, scores, labels = self.best(self(feats, xyzr, content)[-1])
+        bboxes, scores, labels = self.detect(feats, xyzr, content)
         if rescale:
             scales = [[1 / s for s in sample.metainfo["scale_factor"]] * 2 for sample in batch_data_samples]
             bboxes = bboxes * to_device(scales, bboxes)[:, None]
         images = zip(bboxes, scores, labels, strict=True)
         return [InstanceData(scores=s, labels=label, bboxes=b) for b, s, label in images]
 
-    def best(self, output: StageOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """The k = min(max_per_img, N * num_classes) best of a stage's pairs of query and class.
+    def detect(self, feats: Sequence[Tensor], xyzr: Tensor, content: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The k = min(max_per_img, N * num_classes) best pairs of query and class, as ``test_cfg`` has it.
+
+        Args:
+            feats, xyzr, content: see :meth:`forward`.
 
         Returns:
             Boxes (B, k, 4), scores (B, k) and labels (B, k), best first.
         """
+        output = self(feats, xyzr, content, self.early_exit)[-1]
         scores = output.cls_score.sigmoid().flatten(1)
         scores, index = scores.topk(min(self.max_per_img, scores.shape[1]))
         queries = (index // self.num_classes)[..., None].expand(-1, -1, 4)

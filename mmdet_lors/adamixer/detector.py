@@ -42,6 +42,11 @@ class QueryBased(BaseDetector):
         self.query_generator = MODELS.build(query_generator)
         self.decoder = MODELS.build(decoder, default_args=dict(train_cfg=train_cfg, test_cfg=test_cfg))
         self._check_fit(neck, query_generator, decoder)
+        kept = self.decoder.early_exit.keep_queries
+        if kept and kept[0] > self.query_generator.num_queries:
+            raise UserError(
+                f"test_cfg.keep_queries begins with {kept[0]}, but there are {self.query_generator.num_queries} queries"
+            )
 
     @staticmethod
     def _check_fit(neck: dict, query_generator: dict, decoder: dict) -> None:

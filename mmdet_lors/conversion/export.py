@@ -41,4 +41,4 @@ class TensorDetector(nn.Module):
         feats = self.detector.extract_feat((images - self.mean) / self.std)
         # The start is the same for all images; a list of B sizes would fix the batch while an export traces.
         xyzr, content = (x.expand(batch, -1, -1) for x in self.detector.query_generator([images.shape[-2:]]))
-        return decoder.best(decoder(feats, xyzr, content)[-1])
+        return decoder.detect(feats, xyzr, content)
