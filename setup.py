@@ -54,6 +54,8 @@ setup(
         "scipy>=1.10",
         "pycocotools>=2.0.6",
         "timm>=0.9",
+        "safetensors>=0.4",
+        "huggingface_hub>=0.20",
         "packaging",
         "rich",
     ],

@@ -49,4 +49,5 @@ class EarlyExit:
         if stage >= len(self.keep_queries):
             return output.xyzr, output.content
         best = output.cls_score.amax(dim=2).topk(self.keep_queries[stage], dim=1).indices[..., None]
-        return tuple(x.gather(1, best.expand(-1, -1, x.shape[2])) for x in (output.xyzr, output.content))
+        xyzr, content = (x.gather(1, best.expand(-1, -1, x.shape[2])) for x in (output.xyzr, output.content))
+        return xyzr, content

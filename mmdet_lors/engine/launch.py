@@ -15,6 +15,7 @@ from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.registry import init_default_scope
 
+from mmdet_lors.engine.checkpoint.model_folder import CONFIG, within
 from mmdet_lors.engine.processes.network import let_gloo_find_its_interface
 from mmdet_lors.engine.processes.restarts import restarted_store
 from mmdet_lors.errors import UserError
@@ -36,7 +37,7 @@ def load_config(
     """A config with the command line's settings in it, ready for this machine.
 
     Args:
-        path: the config file.
+        path: the config file, or a folder that :mod:`~mmdet_lors.engine.checkpoint.model_folder` describes.
         options: settings that override it, by dotted name.
         launcher: how the processes were started.
         work_dir: where logs and results go; None for what the config says, or else work_dirs/<config name>.
@@ -44,7 +45,8 @@ def load_config(
     Raises:
         UserError: a config file that is missing or broken, or settings that do not fit it.
     """
-    if not Path(path).is_file():
+    name, path = Path(path).stem, within(path, CONFIG)
+    if not path.is_file():
         raise UserError(f"config {path} does not exist")
     register_all_modules(init_default_scope=False)
     try:
@@ -63,7 +65,7 @@ def load_config(
     for split in ("train", "val", "test"):
         _settle_workers(cfg.get(f"{split}_dataloader"))
     cfg.launcher = launcher
-    cfg.work_dir = work_dir or cfg.get("work_dir") or str(Path("work_dirs") / Path(path).stem)
+    cfg.work_dir = work_dir or cfg.get("work_dir") or str(Path("work_dirs") / name)
     init_default_scope(cfg.get("default_scope", "mmdet"))
     setup_cache_size_limit_of_dynamo()
     use_start_method(cfg)

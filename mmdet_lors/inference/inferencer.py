@@ -9,6 +9,7 @@ from typing import Any
 import mmcv
 import mmengine
 import numpy as np
+from huggingface_hub import snapshot_download
 from mmdet.apis import DetInferencer
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import DATASETS, MODELS
@@ -22,11 +23,12 @@ from mmdet_lors.datasets.exif import STORED
 from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.engine.build import build_without_weights, one_at_a_time
 from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
+from mmdet_lors.engine.checkpoint.model_folder import CONFIG, WEIGHTS
 from mmdet_lors.engine.config_check import check_operators
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import usable
 from mmdet_lors.engine.new_style import classic
-from mmdet_lors.errors import UserError
+from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.lors.serving import serve
 from mmdet_lors.visualization.drawing import DRAWING, DetectionVisualizer
 from mmdet_lors.visualization.output_names import OutputNames, as_picture, below, common_folder
@@ -50,8 +52,10 @@ class Inferencer(DetInferencer):
     would get one after another.
 
     Args:
-        config: a config file, or a config that has been read.
-        checkpoint: its weights. Class names come from it, or else from the config's test data set.
+        config: a config file, a config that has been read, or the folder of a published model
+            (tools/model_converters/publish_model.py).
+        checkpoint: its weights, a file or such a folder, which may be left out if ``config`` is one. Class names come
+            from it, or else from the config's test data set.
         device: such as 'cpu', 'cuda:0', 'mps' or 'xpu'; None takes a GPU if mmengine finds one.
         palette: colours of the classes, as in ``DetInferencer``.
         show_progress: whether a call shows a progress bar.
@@ -69,12 +73,15 @@ class Inferencer(DetInferencer):
     def __init__(
         self,
         config: str | Path | Config,
-        checkpoint: str | Path,
+        checkpoint: str | Path | None = None,
         device: str | None = None,
         palette: str = "none",
         show_progress: bool = True,
         skip_unreadable: bool = False,
     ) -> None:
+        if checkpoint is None and (isinstance(config, Config) or not Path(config).is_dir()):
+            raise UserError("a checkpoint is needed: only the folder of a published model has its own")
+        checkpoint = config if checkpoint is None else checkpoint
         self.skip_unreadable = skip_unreadable
         self.unreadable: dict[str, str] = {}
         self._lock = RLock()
@@ -91,6 +98,26 @@ class Inferencer(DetInferencer):
             palette=palette,
             show_progress=show_progress,
         )
+
+    @classmethod
+    def from_pretrained(cls, name: str, config: str | Path | Config | None = None, **settings: Any) -> "Inferencer":
+        """A published model from Hugging Face's hub, downloaded once.
+
+        Args:
+            name: 'user/name', and '@' with a revision if that is not the newest.
+            config: in place of the model's own, which is Python code and is executed.
+            settings: further arguments of the class.
+
+        Raises:
+            UserError: it cannot be downloaded, or is not a model of this package.
+        """
+        repository, _, revision = name.partition("@")
+        files = [WEIGHTS] if config is not None else [WEIGHTS, CONFIG]
+        try:
+            folder = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        except (OSError, ValueError, RuntimeError) as error:  # no network, no such model, no right to it
+            raise UserError(f"{name} cannot be downloaded: {first_line(error)}") from error
+        return cls(folder if config is None else config, folder, **settings)
 
     @property
     def classes(self) -> tuple[str, ...]:

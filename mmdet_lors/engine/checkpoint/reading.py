@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.errors import UserError, first_line
 
+from .model_folder import WEIGHTS, read_safetensors, within
 from .whole_files import with_checksums, write_whole
 
 
@@ -54,10 +55,10 @@ class Damaged(UserError):
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False, map_location: Any = "cpu") -> dict:
-    """Load a checkpoint with torch's safe loader.
+    """Load a checkpoint with torch's safe loader, or a file of safetensors.
 
     Args:
-        path: the file.
+        path: the file, or a folder that :mod:`~mmdet_lors.engine.checkpoint.model_folder` describes.
         mmap: map the file instead of reading it, so that what is not used (an optimizer's state) is never touched; its
             checksums are not looked at.
         map_location: as torch's.
@@ -66,12 +67,14 @@ def read_checkpoint(path: str | Path, mmap: bool = False, map_location: Any = "c
         Damaged: a file that is cut short, does not match its checksums or is not a checkpoint.
         UserError: no such file, or one that holds objects which the safe loader refuses.
     """
-    path = Path(path).expanduser()
+    path = within(path, WEIGHTS)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     allow_mmengine_objects()  # Again: a loader that allows them for a while takes them off the list afterwards.
     is_archive = whole = False
     try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
         with path.open("rb") as file:
             is_archive = zipfile.is_zipfile(file)
             if is_archive and not mmap:
@@ -85,7 +88,8 @@ def read_checkpoint(path: str | Path, mmap: bool = False, map_location: Any = "c
     except Exception as error:  # Whatever damaged bytes lead to: there is no common class.
         if whole and not any(sign in str(error) for sign in ARCHIVE_ERRORS):
             raise UserError(f"checkpoint {path} cannot be read: {first_line(error)}") from error
-        reason = first_line(error) if is_archive or isinstance(error, OSError) else "no end of a zip archive"
+        known = is_archive or path.suffix == ".safetensors" or isinstance(error, OSError)
+        reason = first_line(error) if known else "no end of a zip archive"
         raise Damaged(
             f"checkpoint {path} ({path.stat().st_size} bytes) cannot be read: it is cut short, damaged or not a "
             f"checkpoint ({reason}); copy it again, or use another one"

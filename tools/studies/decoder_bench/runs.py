@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from mmdet_lors.analysis.study import ROOT, call, evaluate, last_epoch_only, once, train
+from mmdet_lors.analysis.study import call, evaluate, last_epoch_only, once, read, train
 from mmdet_lors.conversion.warm_start import start_from_plain_
 from mmdet_lors.engine.machine import keep_memory
 from mmdet_lors.errors import first_line
@@ -39,7 +40,7 @@ RESAMPLES = 20
 
 def config(bench: Bench, decoder: dict) -> Config:
     """The config of a row, or of the plain decoder of six stages without settings."""
-    cfg = Config.fromfile(ROOT / PLAIN)
+    cfg = deepcopy(read(PLAIN))
     cfg.model.decoder.num_stages = 6
     cfg.model.backbone = cfg.model.neck = None
     cfg.merge_from_dict({f"model.decoder.{name}": value for name, value in decoder.items()})
@@ -95,7 +96,7 @@ def prepare(bench: Bench, folder: Path, device: str = "cpu") -> dict:
 def keep_features(checkpoint: Path, data: Path, split: str, folder: Path, device: str) -> None:
     """Write what the frozen backbone and neck compute: ``{split}.npy``, (images, channels, cells), and its objects."""
     register_all_modules()
-    cfg = Config.fromfile(ROOT / PLAIN)
+    cfg = deepcopy(read(PLAIN))
     model = MODELS.build(cfg.model).eval().to(device)
     load_checkpoint(model, str(checkpoint), map_location="cpu")
     size = json.loads((data / "annotations" / f"{split}.json").read_text())["images"][0]["width"]
