@@ -34,11 +34,13 @@ TOOLS = {
     "infer.py": ["{image}", "{lors}", "{evil}", "--out", "{out}"],
     "web_demo.py": ["{lors}", "{evil}"],
     "model_converters/adamixer_to_lors.py": ["{plain}", "{evil}", "{lors}", "{out}.pth"],
+    "model_converters/publish_model.py": ["{lors}", "{evil}", "{out}"],
     "model_converters/reference_to_mmdet_lors.py": ["{evil}", "{out}.pth"],
     "model_converters/extract_student.py": ["{evil}", "{out}.pth"],
     "deployment/fold_lors.py": ["{lors}", "{evil}", "{out}.pth"],
     "deployment/export_onnx.py": ["{lors}", "{evil}", "{out}.onnx", "--size", "96x96"],
     "analysis_tools/benchmark_pela.py": ["--model", "vit_tiny_patch16_224", "--checkpoint", "{evil}"],
+    "analysis_tools/early_exit.py": ["{lors}", "{evil}"],
     "analysis_tools/show_lors.py": ["{lors}", "{evil}", "--out", "{out}.png"],
     "analysis_tools/show_sampling.py": ["{image}", "{lors}", "{evil}", "--out", "{out}.png"],
 }

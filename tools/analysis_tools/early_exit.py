@@ -114,9 +114,9 @@ def check(args: argparse.Namespace) -> tuple[Config, list[dict]]:
     found = settings(args, model.decoder.num_stages)
     for setting in found:
         build_without_weights(cfg.model | dict(test_cfg=(cfg.model.get("test_cfg") or {}) | setting))
+    check_fit(model, read_checkpoint(args.checkpoint), args.checkpoint)
     check_config(cfg, ("test",))
     check_inputs(cfg, ("test",))
-    check_fit(model, read_checkpoint(args.checkpoint), args.checkpoint)
     return cfg, found
 
 
