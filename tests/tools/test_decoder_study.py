@@ -65,6 +65,17 @@ def test_differences_are_paired_by_seed_with_students_intervals(part):
 
 
 @pytest.mark.parametrize(
+    ("gain", "said"), [(0.02, "**have not converged**"), (0.002, "have converged"), (-0.02, "have not converged")]
+)
+def test_the_page_says_whether_runs_are_long_enough(part, gain, said):
+    runs = {"plain": [0.5, 0.51, 0.49], "LORS": [0.48, 0.5], "LORS, twice as long": [0.485]}
+    (text, _) = part("page").convergence(found(part, **runs, **{"plain, twice as long": [0.5 + gain]}))
+    assert said in text and f"{gain:+.3f} (plain) and +0.005 (LORS), seeds by 0.014" in text
+    assert f"{0.485 - 0.5 - gain:+.3f} after twice the iterations (1 seed)" in text
+    assert part("page").convergence(found(part, **runs)) == []
+
+
+@pytest.mark.parametrize(
     ("low", "high", "equal", "better"),
     [
         (-0.009, 0.009, "holds here", "cannot be told"),

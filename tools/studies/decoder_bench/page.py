@@ -32,6 +32,26 @@ def plot(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def convergence(found: Found) -> list[str]:
+    """What twice the iterations change, beside what the seed does."""
+    gains, spread, last = [], 0.0, []
+    for name in (PLAIN, LORS):
+        once, twice = succeeded(found, name), succeeded(found, f"{name}, twice as long")
+        pairs = sorted(once.keys() & twice.keys())
+        if not pairs or len(once) < 2:
+            return []
+        gains.append(mean(twice[key]["ap"] - once[key]["ap"] for key in pairs))
+        spread = max(spread, stdev(run["ap"] for run in once.values()))
+        last.append(mean(twice[key]["ap"] for key in pairs))
+    said = "have converged" if max(map(abs, gains)) <= spread else "**have not converged**: AP depends on their length"
+    return [
+        f"**Length.** Twice the iterations change AP by {gains[0]:+.3f} (plain) and {gains[1]:+.3f} (LORS), seeds by "
+        f"{spread:.3f} (standard deviation), so that runs of this length {said}. LORS minus plain is "
+        f"{last[1] - last[0]:+.3f} after twice the iterations ({len(pairs)} seed{'s' * (len(pairs) > 1)}).",
+        "",
+    ]
+
+
 def page(results: Results, command: str, picture: str) -> str:
     """The study as Markdown."""
     found, bench, features = results.found(), Bench(**results.content["bench"]), results.content["features"].values()
@@ -60,6 +80,7 @@ def page(results: Results, command: str, picture: str) -> str:
         "rows, so that differences between rows vary less.",
         "",
     ]  # fmt: skip
+    lines += convergence(found)
     cells = []
     for row in ROWS:
         of_row = succeeded(found, row.name)
