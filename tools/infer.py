@@ -15,14 +15,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file")
     parser.add_argument("--out", type=Path, default="work_dirs/infer", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--no-pictures", action="store_true", help="do not draw: write no pictures and no video")
-    parser.add_argument("--json", action="store_true", help="write the boxes above --score-thr to DIR/predictions.json")
-    parser.add_argument("--coco", type=Path, metavar="FILE.json", help="write all boxes as COCO results, for images")
+    parser.add_argument(
+        "--json", action="store_true", help="write the boxes above --score-thr to DIR/predictions.jsonl"
+    )
+    parser.add_argument("--coco", type=Path, metavar="FILE.json", help="write all boxes as COCO results, and as --json")
     parser.add_argument(
         "--ann-file",
         type=Path,
         metavar="FILE.json",
         help="annotation file with the image and category ids for --coco",
     )
+    parser.add_argument("--resume", action="store_true", help="go on where DIR/predictions.jsonl ends")
     parser.add_argument(
         "--score-thr", type=float, default=0.3, metavar="S", help="lowest score of a drawn box (default: %(default)s)"
     )

@@ -1,10 +1,13 @@
-"""What tools/infer.py does: detect in files, and write pictures, JSON or COCO results."""
+"""What tools/infer.py does: detect in files, and write pictures, lines of JSON or COCO results."""
 
 import argparse
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import mmcv
+from mmdet.structures import DetDataSample
 from rich.console import Console
 from rich.progress import track
 
@@ -12,6 +15,7 @@ from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import use_device
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
+from mmdet_lors.inference.records import Records, replaced
 from mmdet_lors.inference.results import CocoIds, boxes
 from mmdet_lors.inference.sources import check_not_input, find_sources, picture_paths
 from mmdet_lors.inference.video import VideoFile, open_video
@@ -28,14 +32,20 @@ def check(args: argparse.Namespace, video: str | None) -> None:
         raise UserError(f"--score-thr {args.score_thr}: must be from 0 to 1")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be 1 or more")
-    if args.no_pictures and not args.json and not args.coco:
-        raise UserError("--no-pictures leaves nothing to write: add --json or --coco FILE.json")
+    if not args.json and not args.coco:
+        if args.no_pictures:
+            raise UserError("--no-pictures leaves nothing to write: add --json or --coco FILE.json")
+        if args.resume:
+            raise UserError("--resume goes on with predictions.jsonl, which --json or --coco FILE.json writes")
     if args.ann_file and not args.coco:
         raise UserError("--ann-file is for --coco FILE.json, which is not given")
-    if args.coco and video:
-        raise UserError("--coco is for images: a video's frames have no image ids; use --json")
+    if video and (args.coco or args.resume):
+        option = "--coco" if args.coco else "--resume"
+        raise UserError(f"{option} is for images: a video is one file, and its frames have no image ids; use --json")
     if args.coco and not args.coco.parent.is_dir():
         raise UserError(f"--coco {args.coco}: folder {args.coco.parent} does not exist")
+    if args.coco and (args.coco.is_dir() or not os.access(args.coco.parent, os.W_OK)):
+        raise UserError(f"--coco {args.coco} cannot be written")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file, not a folder")
 
@@ -45,31 +55,90 @@ def progress(sequence: Iterable, total: int) -> Iterable:
     return track(sequence, "Inference", total=max(total, 0) or None, console=Console(stderr=True))
 
 
+@dataclass
+class Tally:
+    """How many images or frames were read, the boxes above ``score_thr`` in them, and the images that were not read."""
+
+    score_thr: float
+    read: int = 0
+    boxes: int = 0
+    unreadable: int = 0
+
+    def add(self, row: dict) -> None:
+        """Count a result."""
+        self.read += "boxes" in row
+        self.unreadable += "error" in row
+        self.boxes += sum(box["score"] > self.score_thr for box in row.get("boxes", ()))
+
+
+def with_reasons(
+    inferencer: Inferencer, images: list[str], batch_size: int
+) -> Iterator[tuple[str, DetDataSample | str]]:
+    """Each image with its predictions, or with the reason why it cannot be read."""
+    left = iter(images)
+    for found, sample in inferencer.stream(images, batch_size):
+        for image in left:
+            if image == found:
+                break
+            yield image, inferencer.unreadable.pop(image)
+        yield found, sample
+    for image in left:
+        yield image, inferencer.unreadable.pop(image)
+
+
 def run_images(
-    args: argparse.Namespace, pictures: dict[str, Path], inferencer: Inferencer, ids: CocoIds | None
+    args: argparse.Namespace,
+    pictures: dict[str, Path],
+    inferencer: Inferencer,
+    ids: CocoIds | None,
+    records: Records | None,
 ) -> list[str]:
-    """Detect in all images, batch by batch; returns the lines to print."""
-    images = list(pictures)
-    found, results = [], []
-    for image, sample in progress(inferencer.stream(images, args.batch_size), len(images)):
-        height, width = sample.ori_shape
-        listed = boxes(sample, inferencer.classes, args.score_thr)
-        found.append(dict(image=image, width=width, height=height, boxes=listed))
-        if not args.no_pictures:
-            drawn = inferencer.draw(image, sample, args.score_thr)
-            if not mmcv.imwrite(drawn[..., ::-1], str(pictures[image])):
-                raise UserError(f"picture {pictures[image]} cannot be written")
-        if ids:
-            results += ids.results(image, sample)
-    for name, reason in inferencer.unreadable.items():
-        print(f"skipped {name}: {reason}")
-    if not found:
-        raise UserError(f"none of the {len(images)} inputs can be read as an image")
-    written = [] if args.no_pictures else [f"pictures in {args.out}"]
+    """Detect in all images that have no result yet; returns the lines to print."""
+    tally, done = Tally(args.score_thr), set()
+    for row in records.rows() if records else ():
+        tally.add(row)
+        done.add(row["image"])
+    if other := done - pictures.keys():
+        raise UserError(f"{records.path} has a result of {min(other)}, which is not among the inputs")
+    images = [image for image in pictures if image not in done]
+    for image, found in progress(with_reasons(inferencer, images, args.batch_size), len(images)):
+        if isinstance(found, str):
+            print(f"skipped {image}: {found}")
+            row = dict(image=image, error=found)
+        else:
+            height, width = found.ori_shape
+            row = dict(image=image, width=width, height=height, boxes=boxes(found, inferencer.classes, lowest(args)))
+            if ids:
+                ids.check_size(row)
+            if not args.no_pictures:
+                drawn = inferencer.draw(image, found, args.score_thr)
+                if not mmcv.imwrite(drawn[..., ::-1], str(pictures[image])):
+                    raise UserError(f"picture {pictures[image]} cannot be written")
+        tally.add(row)
+        if records:
+            records.add(row)
+    if not tally.read:
+        raise UserError(f"none of the {len(pictures)} inputs can be read as an image")
     if ids:
-        args.coco.write_text(to_json(results) + "\n")
-        written.append(str(args.coco))
-    return summary(args, found, "images", written)
+        write_coco(args.coco, records, ids)
+    return summary(args, tally, "images", args.out, records)
+
+
+def lowest(args: argparse.Namespace) -> float:
+    """The score above which boxes are in predictions.jsonl: COCO results, which are made of it, have all boxes."""
+    return -1.0 if args.coco else args.score_thr
+
+
+def write_coco(path: Path, records: Records, ids: CocoIds) -> None:
+    """Write all boxes as COCO results, one at a time."""
+    with replaced(path) as file:
+        file.write("[")
+        separator = ""
+        for row in records.rows():
+            for result in ids.results(row) if "boxes" in row else ():
+                file.write(separator + to_json(result))
+                separator = ",\n"
+        file.write("]\n")
 
 
 def video_path(out: Path, video: str) -> Path:
@@ -83,30 +152,34 @@ def video_path(out: Path, video: str) -> Path:
     return target
 
 
-def run_video(args: argparse.Namespace, path: str, target: Path, inferencer: Inferencer) -> list[str]:
+def run_video(
+    args: argparse.Namespace, path: str, target: Path, inferencer: Inferencer, records: Records | None
+) -> list[str]:
     """Detect in all frames of a video; returns the lines to print."""
     video = open_video(path)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = []
+    tally = Tally(args.score_thr)
     with VideoFile(target, video.fps) as drawn:
         for frame, sample in progress(inferencer.stream(video, args.batch_size), video.frame_cnt):
-            found.append(dict(frame=len(found), boxes=boxes(sample, inferencer.classes, args.score_thr)))
+            row = dict(frame=tally.read, boxes=boxes(sample, inferencer.classes, args.score_thr))
+            tally.add(row)
+            if records:
+                records.add(row)
             if not args.no_pictures:
                 drawn.write(inferencer.draw(frame, sample, args.score_thr))
-    if not found:
+    if not tally.read:
         raise UserError(f"video {path} has no frame that can be read")
-    return summary(args, found, "frames", [] if args.no_pictures else [str(target)])
+    return summary(args, tally, "frames", target, records)
 
 
-def summary(args: argparse.Namespace, found: list[dict], what: str, written: list[str]) -> list[str]:
-    """Write the JSON if asked to; returns lines that say what was found and written."""
-    if args.json:
-        file = args.out / "predictions.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_json(found, indent=1) + "\n")
-        written = [*written, str(file)]
-    count = sum(len(row["boxes"]) for row in found)
-    return [f"{len(found)} {what}, {count} boxes with a score above {args.score_thr:g}", *written]
+def summary(args: argparse.Namespace, tally: Tally, what: str, drawn: Path, records: Records | None) -> list[str]:
+    """Lines that say what was found and written."""
+    lines = [f"{tally.read} {what}, {tally.boxes} boxes with a score above {args.score_thr:g}"]
+    if tally.unreadable:
+        lines.append(f"{tally.unreadable} files cannot be read")
+    if not args.no_pictures:
+        lines.append(f"pictures in {drawn}" if drawn == args.out else str(drawn))
+    return lines + [str(path) for path in (args.coco, records and records.path) if path]
 
 
 def infer(args: argparse.Namespace) -> None:
@@ -115,6 +188,11 @@ def infer(args: argparse.Namespace) -> None:
     images, video = find_sources(args.inputs)
     check(args, video)
     pictures = picture_paths(images, args.out) if images else video_path(args.out, video)
+    records = None
+    if args.json or args.coco:
+        files = dict(config=os.path.abspath(args.config), checkpoint=os.path.abspath(args.checkpoint))
+        records = Records(args.out, files | {"--cfg-options": args.cfg_options, "lowest score": lowest(args)})
+        records.begin(args.resume)
     cfg = load_config(args.config, args.cfg_options)
     inferencer = Inferencer(cfg, args.checkpoint, args.device, skip_unreadable=len(images) > 1)
     ids = None
@@ -124,7 +202,10 @@ def infer(args: argparse.Namespace) -> None:
         ids = CocoIds.counted(images, inferencer.classes)
         print("image and category ids are counted from 1; for those of a data set use --ann-file")
     try:
-        lines = run_video(args, video, pictures, inferencer) if video else run_images(args, pictures, inferencer, ids)
+        if video:
+            lines = run_video(args, video, pictures, inferencer, records)
+        else:
+            lines = run_images(args, pictures, inferencer, ids, records)
     except OSError as error:
         raise UserError(f"the results cannot be written: {error}") from error
     print("\n".join(lines))

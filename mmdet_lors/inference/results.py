@@ -3,11 +3,11 @@
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
-import torch
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
@@ -80,25 +80,35 @@ class CocoIds:
             {image: (row.get("width"), row.get("height")) for image, row in rows.items()},
         )
 
-    def results(self, image: str, sample: DetDataSample) -> list[dict]:
-        """All predictions of one image: ``image_id``, ``category_id``, ``bbox`` as [x, y, width, height], ``score``.
+    def check_size(self, row: dict) -> None:
+        """Refuse a result whose image does not have the annotated size.
+
+        Args:
+            row: ``image``, ``width`` and ``height`` in pixels.
 
         Raises:
-            UserError: the image does not have the annotated size.
+            UserError: names the image and both sizes.
         """
-        height, width = sample.ori_shape
-        said = self.sizes.get(image, (None, None))
-        if None not in said and said != (width, height):
+        said, size = self.sizes.get(row["image"], (None, None)), (row["width"], row["height"])
+        if None not in said and said != size:
             raise UserError(
-                f"image {image} has {width} x {height} pixels, but its annotation says {said[0]} x {said[1]}"
+                f"image {row['image']} has {size[0]} x {size[1]} pixels, but its annotation says {said[0]} x {said[1]}"
             )
-        found = sample.pred_instances
-        corner, opposite = found.bboxes.split(2, dim=1)
-        xywh = torch.cat([corner, opposite - corner], dim=1)
-        return [
-            dict(image_id=self.images[image], category_id=self.categories[label], bbox=bbox, score=score)
-            for label, bbox, score in zip(found.labels.tolist(), xywh.tolist(), found.scores.tolist(), strict=True)
-        ]
+
+    def results(self, row: dict) -> Iterator[dict]:
+        """The boxes of one image: ``image_id``, ``category_id``, ``bbox`` as [x, y, width, height], ``score``.
+
+        Args:
+            row: ``image`` and its ``boxes``, as :func:`boxes` lists them; null stands for a number that is not finite.
+        """
+        for box in row["boxes"]:
+            x1, y1, x2, y2 = (nan if value is None else value for value in box["bbox"])
+            yield dict(
+                image_id=self.images[row["image"]],
+                category_id=self.categories[box["label"]],
+                bbox=[x1, y1, x2 - x1, y2 - y1],
+                score=box["score"],
+            )
 
 
 def _rows(path: Path, rows: list[dict], images: Sequence[str]) -> dict[str, dict]:
