@@ -1,4 +1,4 @@
-"""Detect objects in images, a folder of images, or a video, and write pictures, JSON or COCO results."""
+"""Detect objects in images, folders of them, or a video, and write pictures, lines of JSON or COCO results."""
 
 import argparse
 from pathlib import Path
@@ -10,9 +10,21 @@ from mmengine.config import DictAction
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="images, folders of images, or one video")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, folders with those below them, patterns such as 'a/**/*.jpg', text files with a path per line, "
+        "COCO JSONs, or one video",
+    )
     parser.add_argument("config", metavar="CONFIG", help="config file")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint file")
+    parser.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="DIR",
+        help="the folder that paths in a text file or JSON start from (default: its own)",
+    )
     parser.add_argument("--out", type=Path, default="work_dirs/infer", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--no-pictures", action="store_true", help="do not draw: write no pictures and no video")
     parser.add_argument(

@@ -185,7 +185,7 @@ def summary(args: argparse.Namespace, tally: Tally, what: str, drawn: Path, reco
 def infer(args: argparse.Namespace) -> None:
     """Check the inputs, load the detector, go through the inputs."""
     use_device(args.device)
-    images, video = find_sources(args.inputs)
+    images, video = find_sources(args.inputs, args.image_dir, args.out)
     check(args, video)
     pictures = picture_paths(images, args.out) if images else video_path(args.out, video)
     records = None

@@ -288,9 +288,9 @@ def test_a_picture_that_cannot_be_written_ends_in_one_line(checkpoint, images, t
 @pytest.fixture
 def places(checkpoint, images, tiny_digits, tmp_path) -> dict[str, str]:
     """Good inputs and bad ones, by name."""
-    names = ("empty.jpg", "broken.jpg", "broken2.jpg", "broken.mp4", "note.txt", "broken.pth", "other.json")
+    names = ("empty.jpg", "empty.txt", "broken.jpg", "broken2.jpg", "broken.mp4", "note.md", "broken.pth", "other.json")
     for name in names:
-        (tmp_path / name).write_bytes(b"" if name == "empty.jpg" else b"{}")
+        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"{}")
     (tmp_path / "nothing").mkdir()
     no_detector = f"_base_ = {CONFIG!r}\nmodel = dict(_delete_=True, type='ImgDataPreprocessor')\n"
     (tmp_path / "no_detector.py").write_text(no_detector)
@@ -305,10 +305,13 @@ def places(checkpoint, images, tiny_digits, tmp_path) -> dict[str, str]:
     [
         ("{none_jpg} {config} {checkpoint}", "none.jpg does not exist"),
         ("{nothing} {config} {checkpoint}", "nothing has no images (.jpg, "),
-        ("{note_txt} {config} {checkpoint}", "note.txt is neither an image (.jpg, "),
+        ("{note_md} {config} {checkpoint}", "note.md is neither an image (.jpg, "),
         ("{broken_jpg} {config} {checkpoint}", "broken.jpg cannot be read as an image"),
         ("{empty_jpg} {config} {checkpoint}", "empty.jpg cannot be read as an image"),
         ("{broken_jpg} {broken2_jpg} {config} {checkpoint}", "none of the 2 inputs can be read as an image"),
+        ("{root}/none/*.jpg {config} {checkpoint}", "none/*.jpg names no images"),
+        ("{empty_txt} {config} {checkpoint}", "empty.txt names no images"),
+        ("{other_json} {config} {checkpoint}", "is not a COCO data set"),
         ("{broken_mp4} {config} {checkpoint}", "broken.mp4 cannot be read as a video"),
         ("{broken_mp4} {image} {config} {checkpoint}", "broken.mp4 is a video: give it as the only input"),
         ("{broken_mp4} {config} {checkpoint} --coco {other_json}", "--coco is for images"),
@@ -329,7 +332,7 @@ def places(checkpoint, images, tiny_digits, tmp_path) -> dict[str, str]:
         ("{image} {config} {checkpoint} --ann-file {other_json}", "--ann-file is for --coco"),
         ("{image} {config} {checkpoint} --coco none/coco.json", "folder none does not exist"),
         ("{image} {config} {checkpoint} --coco {out}.json --ann-file {other_json}", "is not a COCO data set"),
-        ("{image} {config} {checkpoint} --out {note_txt}", "note.txt is a file, not a folder"),
+        ("{image} {config} {checkpoint} --out {note_md}", "note.md is a file, not a folder"),
         ("{folder} {config} {checkpoint} --out {folder}", "would overwrite"),
     ],
 )

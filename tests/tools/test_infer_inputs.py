@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
+from mmdet_lors.inference.sources import find_sources
 
 CONFIG = str(ROOT / LORS_DIGITS)
 
@@ -155,6 +157,44 @@ def test_what_is_no_picture_is_refused_in_one_line(make, message, inferencer, pi
 def test_a_folder_stands_for_its_images_in_order(inferencer, images):
     assert [path for path, _ in inferencer.stream([Path(images[0]).parent])] == images
     assert len(inferencer(Path(images[0]).parent)["predictions"]) == len(images)
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A folder with images in it and below it, and other files."""
+    for name in ("b.jpg", "a/2.png", "a/b/1.JPG", "found/a/2.png", "a/note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def listed(tree: Path, *inputs: str, **options) -> list[str]:
+    """The images of inputs in the folder, from it."""
+    found, video = find_sources([str(tree / name) for name in inputs], **options)
+    assert video is None
+    return [os.path.relpath(path, tree) for path in found]
+
+
+def test_folders_and_patterns_reach_folders_below(tree):
+    assert listed(tree, ".") == ["a/2.png", "a/b/1.JPG", "b.jpg", "found/a/2.png"]
+    assert listed(tree, ".", out=tree / "found") == ["a/2.png", "a/b/1.JPG", "b.jpg"]
+    assert listed(tree, "a", "a/../b.jpg", "./b.jpg") == ["a/2.png", "a/b/1.JPG", "b.jpg"]
+    assert listed(tree, "**/*.png") == ["a/2.png", "found/a/2.png"]
+    assert listed(tree, "a/*") == ["a/2.png"]
+    (tree / "[x].png").touch()
+    assert listed(tree, "[x].png") == ["[x].png"]  # a name, not a pattern
+
+
+def test_text_files_and_jsons_list_images(tree):
+    (tree / "list.txt").write_text(f"b.jpg\n\n  a/2.png\r\n{tree}/a/b/1.JPG\nmissing.jpg\n")
+    assert listed(tree, "list.txt") == ["b.jpg", "a/2.png", "a/b/1.JPG", "missing.jpg"]
+    assert listed(tree, "list.txt", images_dir=tree / "a")[:2] == ["a/b.jpg", "a/a/2.png"]
+    images = [dict(id=7, file_name="2.png"), dict(id=3, file_name="b/1.JPG")]
+    (tree / "coco.json").write_text(json.dumps(dict(images=images, categories=[], annotations=[])))
+    assert listed(tree, "coco.json", images_dir=tree / "a") == ["a/2.png", "a/b/1.JPG"]
+    (tree / "coco.json").write_text(json.dumps(dict(images=[dict(id=7)], categories=[])))
+    with pytest.raises(UserError, match=r"coco.json: images\[0\] must have a file_name"):
+        listed(tree, "coco.json")
 
 
 def test_unreadable_files_are_named_by_call(checkpoint, images, tmp_path):
