@@ -42,6 +42,9 @@ def parse_args() -> argparse.Namespace:
         "--score-thr", type=float, default=0.3, metavar="S", help="lowest score of a drawn box (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that read images ahead (default: %(default)s)"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda:N, mps or xpu (default: a GPU if there is one)")
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings that override the config"

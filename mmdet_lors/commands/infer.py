@@ -32,6 +32,8 @@ def check(args: argparse.Namespace, video: str | None) -> None:
         raise UserError(f"--score-thr {args.score_thr}: must be from 0 to 1")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be 1 or more")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: must be 0 or more")
     if not args.json and not args.coco:
         if args.no_pictures:
             raise UserError("--no-pictures leaves nothing to write: add --json or --coco FILE.json")
@@ -72,11 +74,11 @@ class Tally:
 
 
 def with_reasons(
-    inferencer: Inferencer, images: list[str], batch_size: int
+    inferencer: Inferencer, images: list[str], batch_size: int, workers: int
 ) -> Iterator[tuple[str, DetDataSample | str]]:
     """Each image with its predictions, or with the reason why it cannot be read."""
     left = iter(images)
-    for found, sample in inferencer.stream(images, batch_size):
+    for found, sample in inferencer.stream(images, batch_size, workers if len(images) > 1 else 0):
         for image in left:
             if image == found:
                 break
@@ -101,7 +103,7 @@ def run_images(
     if other := done - pictures.keys():
         raise UserError(f"{records.path} has a result of {min(other)}, which is not among the inputs")
     images = [image for image in pictures if image not in done]
-    for image, found in progress(with_reasons(inferencer, images, args.batch_size), len(images)):
+    for image, found in progress(with_reasons(inferencer, images, args.batch_size, args.workers), len(images)):
         if isinstance(found, str):
             print(f"skipped {image}: {found}")
             row = dict(image=image, error=found)

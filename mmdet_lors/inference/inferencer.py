@@ -20,7 +20,6 @@ from mmengine.dataset import Compose, pseudo_collate
 from torch import nn
 
 from mmdet_lors.datasets.exif import STORED
-from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.engine.build import build_without_weights, one_at_a_time
 from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
 from mmdet_lors.engine.checkpoint.model_folder import CONFIG, WEIGHTS
@@ -33,7 +32,8 @@ from mmdet_lors.lors.serving import serve
 from mmdet_lors.visualization.drawing import DRAWING, DetectionVisualizer
 from mmdet_lors.visualization.output_names import OutputNames, as_picture, below, common_folder
 
-from .pictures import Reader, Source, each, name_of, path_of
+from .pictures import Reader, Source, each, path_of
+from .prepared import Prepared
 from .sources import images_in
 
 
@@ -59,8 +59,8 @@ class Inferencer(DetInferencer):
         device: such as 'cpu', 'cuda:0', 'mps' or 'xpu'; None takes a GPU if mmengine finds one.
         palette: colours of the classes, as in ``DetInferencer``.
         show_progress: whether a call shows a progress bar.
-        skip_unreadable: skip files that cannot be read as images instead of raising. ``unreadable`` has all files that
-            were skipped, with the reason, and a call's result has those of the call.
+        skip_unreadable: skip files that cannot be read or prepared instead of raising. ``unreadable`` has all that were
+            skipped, with the reason, and a call's result has those of the call.
 
     Raises:
         UserError: a config without a detector, a checkpoint that cannot be read or is of another architecture, a
@@ -146,7 +146,9 @@ class Inferencer(DetInferencer):
             result = super().__call__(inputs, *args, unreadable=unreadable, **kwargs)
         return result | {"unreadable": unreadable} if self.skip_unreadable else result
 
-    def stream(self, inputs: Source | Iterable[Source], batch_size: int = 1) -> Iterator[tuple[Source, DetDataSample]]:
+    def stream(
+        self, inputs: Source | Iterable[Source], batch_size: int = 1, workers: int = 0
+    ) -> Iterator[tuple[Source, DetDataSample]]:
         """Each input with its predictions, on the CPU, as soon as its batch is done.
 
         ``pred_instances`` has ``bboxes`` (k, 4) as x1, y1, x2, y2 in pixels of the image, ``scores`` (k,) and
@@ -155,8 +157,9 @@ class Inferencer(DetInferencer):
         Args:
             inputs: images; they are read as they are needed, a batch at a time.
             batch_size: how many images go through the detector at once, at most: only neighbours of one size do.
+            workers: processes that read and prepare images ahead of the detector; the inputs are listed first.
         """
-        for sources, data in self.preprocess(inputs, batch_size):
+        for sources, data in self.preprocess(inputs, batch_size, workers=workers):
             yield from zip(sources, [sample.cpu() for sample in self.forward(data)], strict=True)
 
     def draw(self, source: Source, sample: DetDataSample, score_thr: float = 0.3) -> np.ndarray:
@@ -182,13 +185,15 @@ class Inferencer(DetInferencer):
                 )
         return samples
 
-    def preprocess(self, inputs: Any, batch_size: int = 1, unreadable: dict[str, str] | None = None) -> Iterator:
+    def preprocess(
+        self, inputs: Any, batch_size: int = 1, unreadable: dict[str, str] | None = None, workers: int = 0
+    ) -> Iterator:
         """Batches of (sources, data) for :meth:`forward`.
 
         Only images of one size share a batch: others would have to be padded, which changes their boxes.
         """
-        prepared = (item for source in self._sources(inputs) for item in self._prepare(source, unreadable))
-        for _, alike in groupby(prepared, key=lambda item: item[1]["inputs"].shape):
+        usable = self._usable(self._prepared(inputs, workers, batch_size), unreadable)
+        for _, alike in groupby(usable, key=lambda item: item[1]["inputs"].shape):
             while batch := list(islice(alike, batch_size)):
                 yield self.collate_fn(batch)
 
@@ -260,30 +265,22 @@ class Inferencer(DetInferencer):
             path = path_of(source)
             yield from [source] if path is None or not Path(path).is_dir() else images_in(path)
 
-    def _prepare(self, source: Any, unreadable: dict[str, str] | None) -> list:
-        """The source with what the pipeline makes of it; an empty list for a file that is skipped."""
-        fields = dict(source) if isinstance(source, dict) else {}
-        source = fields.pop("img", fields.pop("img_path", None)) if fields else source
-        try:
-            image = self.reader(source)
-        except UserError as error:
-            if not self.skip_unreadable or path_of(source) is None:
-                raise
-            for skipped in (self.unreadable, unreadable):
-                if skipped is not None:
-                    skipped[path_of(source)] = str(error).replace(path_of(source), "it", 1)
-            return []
-        try:
-            with self._lock:
-                data = self.pipeline(dict(fields, img=image))
-        except Exception as error:
-            size = f"{image.shape[1]} x {image.shape[0]} pixels"
-            raise UserError(
-                f"{name_of(source)}, {size}, cannot be prepared for the detector: {reason_of(error)}"
-            ) from error
-        if "img_path" in data["data_samples"]:
-            data["data_samples"].set_metainfo(dict(img_path=path_of(source)))
-        return [(source, data)]
+    def _prepared(self, inputs: Any, workers: int, ahead: int) -> Iterable:
+        if workers:
+            return Prepared(self.reader, self.pipeline, list(self._sources(inputs))).ahead(workers, ahead)
+        return map(Prepared(self.reader, self.pipeline, lock=self._lock).prepare, self._sources(inputs))
+
+    def _usable(self, prepared: Iterable, unreadable: dict[str, str] | None) -> Iterator:
+        """What could be prepared; files that could not are noted if they are to be skipped."""
+        for source, data in prepared:
+            if not isinstance(data, UserError):
+                yield source, data
+            elif self.skip_unreadable and (path := path_of(source)) is not None:
+                for skipped in (self.unreadable, unreadable):
+                    if skipped is not None:
+                        skipped[path] = str(data).replace(path, "it", 1)
+            else:
+                raise data
 
     def _init_pipeline(self, cfg: Config) -> Compose:
         try:
@@ -327,10 +324,3 @@ def _check_config(cfg: Config) -> None:
         raise UserError(f"{name} has no model")
     if "pipeline" not in (cfg.get("test_dataloader") or {}).get("dataset", {}):
         raise UserError(f"{name} has no test_dataloader.dataset.pipeline, which says how an image is prepared")
-
-
-def _readable(path: str) -> bool:
-    try:
-        return mmcv.imread(path) is not None
-    except Exception:
-        return False
