@@ -49,6 +49,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings that override the config"
     )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch"],
+        default="none",
+        help="how the processes were started; dist_infer.sh sets it",
+    )
     return parser.parse_args()
 
 

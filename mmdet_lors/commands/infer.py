@@ -4,15 +4,22 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import mmcv
+import torch
 from mmdet.structures import DetDataSample
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, barrier, get_dist_info, is_main_process
 from rich.console import Console
 from rich.progress import track
 
 from mmdet_lors.engine.launch import load_config
-from mmdet_lors.engine.machine import use_device
+from mmdet_lors.engine.machine import usable, use_device
+from mmdet_lors.engine.processes.network import let_gloo_find_its_interface
+from mmdet_lors.engine.processes.restarts import restarted_store
+from mmdet_lors.engine.resume.start import faults_in_one_line
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
 from mmdet_lors.inference.records import Records, replaced
@@ -20,6 +27,17 @@ from mmdet_lors.inference.results import CocoIds, boxes
 from mmdet_lors.inference.sources import check_not_input, find_sources, picture_paths
 from mmdet_lors.inference.video import VideoFile, open_video
 from mmdet_lors.valid_json import to_json
+
+
+def join_processes(launcher: str, device: str | None) -> None:
+    """Let the processes that a launcher started wait for each other, however long one takes, each with its own GPU."""
+    use_device(device, launcher)
+    if launcher == "none":
+        return
+    if get_device() == "cuda":
+        torch.cuda.set_device(usable(f"cuda:{os.environ['LOCAL_RANK']}"))
+    let_gloo_find_its_interface()
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365), **restarted_store())
 
 
 def check(args: argparse.Namespace, video: str | None) -> None:
@@ -44,6 +62,8 @@ def check(args: argparse.Namespace, video: str | None) -> None:
     if video and (args.coco or args.resume):
         option = "--coco" if args.coco else "--resume"
         raise UserError(f"{option} is for images: a video is one file, and its frames have no image ids; use --json")
+    if video and get_dist_info()[1] > 1:
+        raise UserError(f"{video} is a video, which one process reads: use tools/infer.py")
     if args.coco and not args.coco.parent.is_dir():
         raise UserError(f"--coco {args.coco}: folder {args.coco.parent} does not exist")
     if args.coco and (args.coco.is_dir() or not os.access(args.coco.parent, os.W_OK)):
@@ -53,8 +73,9 @@ def check(args: argparse.Namespace, video: str | None) -> None:
 
 
 def progress(sequence: Iterable, total: int) -> Iterable:
-    """Show a progress bar on stderr, not in the output."""
-    return track(sequence, "Inference", total=max(total, 0) or None, console=Console(stderr=True))
+    """Show the first process's progress on stderr, not in the output."""
+    console, rank = Console(stderr=True), get_dist_info()[0]
+    return track(sequence, "Inference", total=max(total, 0) or None, console=console, disable=rank > 0)
 
 
 @dataclass
@@ -71,6 +92,12 @@ class Tally:
         self.read += "boxes" in row
         self.unreadable += "error" in row
         self.boxes += sum(box["score"] > self.score_thr for box in row.get("boxes", ()))
+
+    def sum_over_processes(self) -> None:
+        """Wait for all processes, and count what they counted."""
+        counts = torch.tensor([self.read, self.boxes, self.unreadable])
+        all_reduce(counts)
+        self.read, self.boxes, self.unreadable = counts.tolist()
 
 
 def with_reasons(
@@ -96,13 +123,16 @@ def run_images(
     records: Records | None,
 ) -> list[str]:
     """Detect in all images that have no result yet; returns the lines to print."""
+    rank, world = get_dist_info()
     tally, done = Tally(args.score_thr), set()
     for row in records.rows() if records else ():
-        tally.add(row)
+        if rank == 0 and row["image"] not in done:
+            tally.add(row)
         done.add(row["image"])
     if other := done - pictures.keys():
         raise UserError(f"{records.path} has a result of {min(other)}, which is not among the inputs")
-    images = [image for image in pictures if image not in done]
+    barrier()  # all know what there is before any adds to it
+    images = [image for image in pictures if image not in done][rank::world]
     for image, found in progress(with_reasons(inferencer, images, args.batch_size, args.workers), len(images)):
         if isinstance(found, str):
             print(f"skipped {image}: {found}")
@@ -119,6 +149,11 @@ def run_images(
         tally.add(row)
         if records:
             records.add(row)
+    tally.sum_over_processes()
+    if rank > 0:
+        return []
+    if records:
+        records.merge(pictures)
     if not tally.read:
         raise UserError(f"none of the {len(pictures)} inputs can be read as an image")
     if ids:
@@ -134,13 +169,13 @@ def lowest(args: argparse.Namespace) -> float:
 def write_coco(path: Path, records: Records, ids: CocoIds) -> None:
     """Write all boxes as COCO results, one at a time."""
     with replaced(path) as file:
-        file.write("[")
+        file.write(b"[")
         separator = ""
         for row in records.rows():
             for result in ids.results(row) if "boxes" in row else ():
-                file.write(separator + to_json(result))
+                file.write((separator + to_json(result)).encode())
                 separator = ",\n"
-        file.write("]\n")
+        file.write(b"]\n")
 
 
 def video_path(out: Path, video: str) -> Path:
@@ -186,14 +221,15 @@ def summary(args: argparse.Namespace, tally: Tally, what: str, drawn: Path, reco
 
 def infer(args: argparse.Namespace) -> None:
     """Check the inputs, load the detector, go through the inputs."""
-    use_device(args.device)
+    join_processes(args.launcher, args.device)
     images, video = find_sources(args.inputs, args.image_dir, args.out)
     check(args, video)
     pictures = picture_paths(images, args.out) if images else video_path(args.out, video)
     records = None
     if args.json or args.coco:
         files = dict(config=os.path.abspath(args.config), checkpoint=os.path.abspath(args.checkpoint))
-        records = Records(args.out, files | {"--cfg-options": args.cfg_options, "lowest score": lowest(args)})
+        run = files | {"--cfg-options": args.cfg_options, "lowest score": lowest(args)}
+        records = Records(args.out, run, *get_dist_info())
         records.begin(args.resume)
     cfg = load_config(args.config, args.cfg_options)
     inferencer = Inferencer(cfg, args.checkpoint, args.device, skip_unreadable=len(images) > 1)
@@ -202,12 +238,15 @@ def infer(args: argparse.Namespace) -> None:
         ids = CocoIds.from_annotations(args.ann_file, images, inferencer.classes, inferencer.frame)
     elif args.coco:
         ids = CocoIds.counted(images, inferencer.classes)
-        print("image and category ids are counted from 1; for those of a data set use --ann-file")
+        if is_main_process():
+            print("image and category ids are counted from 1; for those of a data set use --ann-file")
     try:
-        if video:
-            lines = run_video(args, video, pictures, inferencer, records)
-        else:
-            lines = run_images(args, pictures, inferencer, ids, records)
+        with faults_in_one_line("--resume goes on"):
+            if video:
+                lines = run_video(args, video, pictures, inferencer, records)
+            else:
+                lines = run_images(args, pictures, inferencer, ids, records)
     except OSError as error:
         raise UserError(f"the results cannot be written: {error}") from error
-    print("\n".join(lines))
+    for line in lines:
+        print(line)

@@ -33,8 +33,8 @@ def test_when_one_process_is_killed_the_others_end_with_one_line(tiny_digits, tm
     ("exit_code", "text"),
     [
         (1, "ended with exit status 1; its message is above"),
-        (-9, "was killed by SIGKILL (out of memory, or by a user); resume training with --resume"),
-        (-11, "was killed by SIGSEGV; resume training with --resume"),
+        (-9, "was killed by SIGKILL (out of memory, or by a user); go on with --resume"),
+        (-11, "was killed by SIGSEGV; go on with --resume"),
     ],
 )
 def test_the_launcher_says_how_a_process_ended(exit_code, text):

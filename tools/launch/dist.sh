@@ -1,4 +1,4 @@
-# Sourced by dist_train.sh and dist_test.sh: torchrun over all processes of this machine.
+# Sourced by dist_train.sh, dist_test.sh and dist_infer.sh: torchrun over all processes of this machine.
 #
 # Settings, all optional, by environment variable:
 #   NNODES       machines in the run                            (1)

@@ -38,7 +38,7 @@ def ending(exit_code: int) -> str:
     if exit_code >= 0:
         return f"ended with exit status {exit_code}; its message is above"
     hint = " (out of memory, or by a user)" if -exit_code == signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-exit_code).name}{hint}; resume training with --resume"
+    return f"was killed by {signal.Signals(-exit_code).name}{hint}; go on with --resume"
 
 
 if __name__ == "__main__":

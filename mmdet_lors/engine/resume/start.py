@@ -143,8 +143,11 @@ def how_to_go_on(args: argparse.Namespace, argv: list[str]) -> str:
 
 
 @contextmanager
-def faults_in_one_line() -> Iterator[None]:
+def faults_in_one_line(then: str = "--resume resumes from the newest checkpoint") -> Iterator[None]:
     """Errors of other processes and of the disk, as one line.
+
+    Args:
+        then: what to do after another process has ended.
 
     Raises:
         UserError: the connection to another process broke, or the disk is full.
@@ -162,5 +165,5 @@ def faults_in_one_line() -> Iterator[None]:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "?"))
         raise UserError(
             f"process {rank} lost the connection to another process, which ended or was killed: "
-            f"{first_line(error)}; --resume resumes from the newest checkpoint"
+            f"{first_line(error)}; {then}"
         ) from error
