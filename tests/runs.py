@@ -195,10 +195,10 @@ def start_server() -> None:
 
 
 class Run:
-    """tools/train.py, or tools/test.py, with a config, in one process or several.
+    """tools/train.py, or another tool, with a config, in one process or several.
 
     Args:
-        config: the config.
+        config: the config, or what else is the tool's first argument.
         work: its work folder.
         arguments: further arguments.
         processes: how many.
@@ -206,6 +206,7 @@ class Run:
         tool: its file.
         folder: where it is started.
         prepare: called in its process, before everything else.
+        option: the tool's option for the work folder.
     """
 
     def __init__(
@@ -218,6 +219,7 @@ class Run:
         tool: str = "train.py",
         folder: Path = ROOT,
         prepare: Callable = int,
+        option: str = "--work-dir",
     ) -> None:
         start_server()
         self.work, self.logs, self.processes = work, [], []
@@ -227,7 +229,7 @@ class Run:
         for rank in range(processes):
             environment = dict(common, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
             log = work.with_name(f"{work.name}.{rank}.{time.monotonic_ns()}.log")
-            line = [str(config), "--work-dir", str(work), *arguments, *launcher]
+            line = [str(config), option, str(work), *arguments, *launcher]
             settings = environment if processes > 1 else alone
             process = FORKS.Process(target=_run, args=(tool, folder, prepare, line, settings, str(log)))
             process.start()

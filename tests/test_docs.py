@@ -16,7 +16,7 @@ from mmdet_lors.engine.build import build_without_weights
 AT_THE_TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES = [*AT_THE_TOP, *sorted((ROOT / "docs").glob("*.md"))]
 OURS = ["README.md", "first_hour.md", "custom_data.md", "recipes.md"]
-LAUNCHERS = {"dist_train.sh": "train", "dist_test.sh": "test", "slurm_train.sh": "train", "slurm_test.sh": "test"}
+LAUNCHERS = {f"{how}_{tool}.sh": tool for how in ("dist", "slurm") for tool in ("train", "test", "infer")}
 R50 = "configs/lors/adamixer-lors_r50_100-queries_1x_coco.py"
 
 

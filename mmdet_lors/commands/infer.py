@@ -4,21 +4,18 @@ import argparse
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import mmcv
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.device import get_device
-from mmengine.dist import all_reduce, barrier, get_dist_info, is_main_process
 from rich.console import Console
 from rich.progress import track
 
 from mmdet_lors.engine.launch import load_config
 from mmdet_lors.engine.machine import usable, use_device
-from mmdet_lors.engine.processes.network import let_gloo_find_its_interface
-from mmdet_lors.engine.processes.restarts import restarted_store
+from mmdet_lors.engine.processes.apart import Apart
 from mmdet_lors.engine.resume.start import faults_in_one_line
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference import Inferencer
@@ -29,18 +26,7 @@ from mmdet_lors.inference.video import VideoFile, open_video
 from mmdet_lors.valid_json import to_json
 
 
-def join_processes(launcher: str, device: str | None) -> None:
-    """Let the processes that a launcher started wait for each other, however long one takes, each with its own GPU."""
-    use_device(device, launcher)
-    if launcher == "none":
-        return
-    if get_device() == "cuda":
-        torch.cuda.set_device(usable(f"cuda:{os.environ['LOCAL_RANK']}"))
-    let_gloo_find_its_interface()
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365), **restarted_store())
-
-
-def check(args: argparse.Namespace, video: str | None) -> None:
+def check(args: argparse.Namespace, video: str | None, processes: int) -> None:
     """Refuse options that cannot work, before anything is loaded.
 
     Raises:
@@ -62,7 +48,7 @@ def check(args: argparse.Namespace, video: str | None) -> None:
     if video and (args.coco or args.resume):
         option = "--coco" if args.coco else "--resume"
         raise UserError(f"{option} is for images: a video is one file, and its frames have no image ids; use --json")
-    if video and get_dist_info()[1] > 1:
+    if video and processes > 1:
         raise UserError(f"{video} is a video, which one process reads: use tools/infer.py")
     if args.coco and not args.coco.parent.is_dir():
         raise UserError(f"--coco {args.coco}: folder {args.coco.parent} does not exist")
@@ -72,10 +58,10 @@ def check(args: argparse.Namespace, video: str | None) -> None:
         raise UserError(f"--out {args.out} is a file, not a folder")
 
 
-def progress(sequence: Iterable, total: int) -> Iterable:
-    """Show the first process's progress on stderr, not in the output."""
-    console, rank = Console(stderr=True), get_dist_info()[0]
-    return track(sequence, "Inference", total=max(total, 0) or None, console=console, disable=rank > 0)
+def progress(sequence: Iterable, total: int, shown: bool = True) -> Iterable:
+    """Show a progress bar on stderr, not in the output."""
+    console = Console(stderr=True)
+    return track(sequence, "Inference", total=max(total, 0) or None, console=console, disable=not shown)
 
 
 @dataclass
@@ -93,11 +79,9 @@ class Tally:
         self.unreadable += "error" in row
         self.boxes += sum(box["score"] > self.score_thr for box in row.get("boxes", ()))
 
-    def sum_over_processes(self) -> None:
+    def sum(self, processes: Apart) -> None:
         """Wait for all processes, and count what they counted."""
-        counts = torch.tensor([self.read, self.boxes, self.unreadable])
-        all_reduce(counts)
-        self.read, self.boxes, self.unreadable = counts.tolist()
+        self.read, self.boxes, self.unreadable = processes.sum([self.read, self.boxes, self.unreadable])
 
 
 def with_reasons(
@@ -121,19 +105,20 @@ def run_images(
     inferencer: Inferencer,
     ids: CocoIds | None,
     records: Records | None,
+    processes: Apart,
 ) -> list[str]:
     """Detect in all images that have no result yet; returns the lines to print."""
-    rank, world = get_dist_info()
     tally, done = Tally(args.score_thr), set()
     for row in records.rows() if records else ():
-        if rank == 0 and row["image"] not in done:
+        if processes.rank == 0 and row["image"] not in done:
             tally.add(row)
         done.add(row["image"])
     if other := done - pictures.keys():
         raise UserError(f"{records.path} has a result of {min(other)}, which is not among the inputs")
-    barrier()  # all know what there is before any adds to it
-    images = [image for image in pictures if image not in done][rank::world]
-    for image, found in progress(with_reasons(inferencer, images, args.batch_size, args.workers), len(images)):
+    processes.sum()  # all know what there is before any adds to it
+    images = [image for image in pictures if image not in done][processes.rank :: processes.world]
+    found_in = with_reasons(inferencer, images, args.batch_size, args.workers)
+    for image, found in progress(found_in, len(images), shown=processes.rank == 0):
         if isinstance(found, str):
             print(f"skipped {image}: {found}")
             row = dict(image=image, error=found)
@@ -149,8 +134,8 @@ def run_images(
         tally.add(row)
         if records:
             records.add(row)
-    tally.sum_over_processes()
-    if rank > 0:
+    tally.sum(processes)
+    if processes.rank > 0:
         return []
     if records:
         records.merge(pictures)
@@ -221,15 +206,18 @@ def summary(args: argparse.Namespace, tally: Tally, what: str, drawn: Path, reco
 
 def infer(args: argparse.Namespace) -> None:
     """Check the inputs, load the detector, go through the inputs."""
-    join_processes(args.launcher, args.device)
+    use_device(args.device, args.launcher)
+    if args.launcher != "none" and get_device() == "cuda":
+        torch.cuda.set_device(usable(f"cuda:{os.environ['LOCAL_RANK']}"))
+    processes = Apart(args.launcher)
     images, video = find_sources(args.inputs, args.image_dir, args.out)
-    check(args, video)
+    check(args, video, processes.world)
     pictures = picture_paths(images, args.out) if images else video_path(args.out, video)
     records = None
     if args.json or args.coco:
         files = dict(config=os.path.abspath(args.config), checkpoint=os.path.abspath(args.checkpoint))
-        run = files | {"--cfg-options": args.cfg_options, "lowest score": lowest(args)}
-        records = Records(args.out, run, *get_dist_info())
+        run = files | {"video": video, "--cfg-options": args.cfg_options, "lowest score": lowest(args)}
+        records = Records(args.out, run, processes.rank, processes.world)
         records.begin(args.resume)
     cfg = load_config(args.config, args.cfg_options)
     inferencer = Inferencer(cfg, args.checkpoint, args.device, skip_unreadable=len(images) > 1)
@@ -238,14 +226,14 @@ def infer(args: argparse.Namespace) -> None:
         ids = CocoIds.from_annotations(args.ann_file, images, inferencer.classes, inferencer.frame)
     elif args.coco:
         ids = CocoIds.counted(images, inferencer.classes)
-        if is_main_process():
+        if processes.rank == 0:
             print("image and category ids are counted from 1; for those of a data set use --ann-file")
     try:
         with faults_in_one_line("--resume goes on"):
             if video:
                 lines = run_video(args, video, pictures, inferencer, records)
             else:
-                lines = run_images(args, pictures, inferencer, ids, records)
+                lines = run_images(args, pictures, inferencer, ids, records, processes)
     except OSError as error:
         raise UserError(f"the results cannot be written: {error}") from error
     for line in lines:

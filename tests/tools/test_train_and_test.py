@@ -163,7 +163,9 @@ def test_test_refuses_a_checkpoint_of_another_architecture(trained, tiny_digits,
     assert re.search(r"12 missing \(decoder.stages.0.mixing.parameter_generator.weight, .*\d+ unexpected", message)
 
 
-@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh", "slurm_train.sh", "slurm_test.sh"])
+@pytest.mark.parametrize(
+    "script", ["dist_train.sh", "dist_test.sh", "dist_infer.sh", "slurm_train.sh", "slurm_test.sh"]
+)
 def test_launch_scripts_explain_themselves(script):
     done = run("bash", f"tools/{script}", "--help")
     assert done.returncode == 0 and "CONFIG" in done.stdout
