@@ -159,6 +159,23 @@ def test_a_folder_stands_for_its_images_in_order(inferencer, images):
     assert len(inferencer(Path(images[0]).parent)["predictions"]) == len(images)
 
 
+def test_workers_change_nothing(checkpoint, images, tmp_path):
+    inferencer = Inferencer(CONFIG, checkpoint, "cpu", show_progress=False, skip_unreadable=True)
+    thin = str(tmp_path / "thin.png")
+    cv2.imwrite(thin, np.zeros((1, 5000, 3), np.uint8))
+    sources = [*images[:3], "none.png", thin, Image.open(images[3]), mmcv.imread(images[4])]
+    alone = list(inferencer.stream(sources, 2))
+    assert "it, 5000 x 1 pixels, cannot be prepared" in inferencer.unreadable.pop(thin)
+    assert inferencer.unreadable.pop("none.png") == "it does not exist"
+    several = list(inferencer.stream(sources, 2, workers=2))
+    assert [source for source, _ in several[:3]] == images[:3] and set(inferencer.unreadable) == {"none.png", thin}
+    for (_, one), (_, two) in zip(alone, several, strict=True):
+        assert torch.equal(one.pred_instances.bboxes, two.pred_instances.bboxes) and len(one.pred_instances) == 20
+        assert one.img_path == two.img_path
+    with pytest.raises(UserError, match="image file in memory"):
+        list(inferencer.stream([images[0], b"no image"], workers=1))
+
+
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """A folder with images in it and below it, and other files."""
