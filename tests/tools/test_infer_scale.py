@@ -125,7 +125,7 @@ def test_memory_does_not_grow_with_the_images(folder, checkpoint, tmp_path, monk
     finally:
         tracemalloc.stop()
     kept = sum(len(line) for line in (tmp_path / "predictions.jsonl").open()) / 2
-    assert used[-1] - used[len(used) // 2] < kept / 4, "a row as JSON is smaller than its objects"
+    assert used[-1] - used[len(used) // 2] < kept, "the rows are kept, whose objects are larger than their lines"
 
 
 def test_results_in_the_way_stay_as_they_are(checkpoint, tiny_digits, alone, folder, tmp_path, monkeypatch, capsys):
@@ -168,8 +168,10 @@ def test_records_that_lack_an_image_are_not_merged(tmp_path):
     with pytest.raises(UserError, match="no process wrote a result of 2"):
         Records(tmp_path, {}).merge("012")
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["predictions.0.jsonl", "predictions.1.jsonl"]
+    Records(tmp_path, {}).add(dict(image="1", error="merged before the other files were removed"))
     Records(tmp_path, {}).merge("10")
-    assert [row["image"] for row in rows(tmp_path)] == ["1", "0"]
+    assert [(row["image"], "error" in row) for row in rows(tmp_path)] == [("1", True), ("0", False)]
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["predictions.jsonl"]
 
 
 def test_dist_infer(tiny_digits, checkpoint, tmp_path):
