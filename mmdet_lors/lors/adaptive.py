@@ -225,7 +225,7 @@ class LORSA(Servable):
         if folded is not None:
             return [self._generate(query, s, None, linear) for s, linear in enumerate(folded[layer])]
         private = self.private[layer]
-        if private is not None and self.chosen_path(query.shape[:-1].numel()) == "fold":
+        if private is not None and self.chosen_path(math.prod(query.shape[:-1])) == "fold":
             sizes = [self.query_dim * self.copies * rows * cols for rows, cols in self.shapes]
             return [
                 recompute(self._generate, query, s, private, block, instead_of=sizes[s])

@@ -1,5 +1,6 @@
 """LORST, the static low-rank residual structure: weights of a stack of layers that share one."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -129,7 +130,7 @@ class LORST(Servable):
         if folded is not None:
             return F.linear(x, *folded[layer])
         private, bias = self.private[layer], self.bias[layer] if self.bias is not None else None
-        if private is None or self.chosen_path(x.shape[:-1].numel()) == "fold":
+        if private is None or self.chosen_path(math.prod(x.shape[:-1])) == "fold":
             return F.linear(x, *self.fold(layer))
         residual = private(x)
         if self.shared is None:

@@ -1,11 +1,13 @@
 """Exporting to ONNX: the file gives what the trained detector gives, and what cannot be exported is refused."""
 
+import math
 import shutil
 import sys
 
 import pytest
 import torch
-from conftest import LORS_DIGITS, load_config, load_tool, random_lors, refused
+from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_lors, refused
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import nn
 
@@ -38,25 +40,32 @@ def predictions(model, images):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, root):
-    """LORS on the digits, its checkpoint, and the file that the tool wrote, dynamic in the batch."""
+    """LORS on the digits, its checkpoint, and the files that the tool wrote, dynamic in the batch."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("exported")
     model = spread_out(random_lors(load_config(LORS_DIGITS).model))
     torch.save(dict(state_dict=model.state_dict()), folder / "lors.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        arguments = [LORS_DIGITS, folder / "lors.pth", folder / "lors.onnx", "--size", "96x64"]
-        patch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-        load_tool(TOOL).main()
-    assert sorted(p.name for p in folder.iterdir()) == ["lors.onnx", "lors.pth"]
+        for name, options in (("lors.onnx", []), ("factored.onnx", ["--factored"])):
+            arguments = [LORS_DIGITS, folder / "lors.pth", folder / name, "--size", "96x64", *options]
+            patch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
+            load_tool(TOOL).main()
+    assert sorted(p.name for p in folder.iterdir()) == ["factored.onnx", "lors.onnx", "lors.pth"]
     return model, folder
 
 
+def numbers(graph):
+    """How many a graph keeps in its initialisers."""
+    return sum(math.prod(weight.dims) for weight in graph.initializer)
+
+
+@pytest.mark.parametrize("name", ["lors.onnx", "factored.onnx"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_file_predicts_what_mmdet_predicts(batch, exported):
+def test_file_predicts_what_mmdet_predicts(batch, name, exported):
     model, folder = exported
     images = torch.randint(256, (batch, 3, *SIZE[::-1])).float()
-    session = onnxruntime.InferenceSession(folder / "lors.onnx")
+    session = onnxruntime.InferenceSession(folder / name)
     outputs = session.run(["boxes", "scores", "labels"], {"images": images.numpy()})
     assert [o.shape for o in outputs] == [(batch, 20, 4), (batch, 20), (batch, 20)]
     for expected, boxes, scores, labels in zip(
@@ -75,6 +84,39 @@ def test_file_holds_the_folded_weights_of_every_stage(exported):
     shapes = [sorted(weight.dims) for weight in graph.initializer]
     generator, out_proj = [64, 2 * (32 * 32 + 32 * 16)], [64, 2 * 32 * 32]
     assert shapes.count(generator) == shapes.count(out_proj) == len(model.decoder.stages)
+
+
+def test_factored_file_is_as_small_as_the_checkpoint(exported):
+    model, folder = exported
+    path = folder / "factored.onnx"
+    parameters = sum(p.numel() for p in model.parameters())
+    assert numbers(onnx.load(path).graph) < 1.01 * parameters
+    assert path.stat().st_size < 4 * 1.1 * parameters
+    assert b"site-packages" not in path.read_bytes()
+
+
+def test_factored_file_is_the_folded_one_once_it_is_open(exported, tmp_path):
+    folder = exported[1]
+    graphs = []
+    for name in ("factored.onnx", "lors.onnx"):
+        options = onnxruntime.SessionOptions()  # all others as a user has them
+        options.optimized_model_filepath = str(tmp_path / name)
+        onnxruntime.InferenceSession(folder / name, options)
+        graphs.append(onnx.load(tmp_path / name).graph)
+    opened, folded = graphs
+    assert numbers(onnx.load(folder / "factored.onnx").graph) < 0.8 * numbers(folded)
+    assert numbers(opened) == pytest.approx(numbers(folded), rel=1e-3)
+    # One more product a stage: M and S have a Linear each.
+    products = [sum(node.op_type in ("MatMul", "Gemm", "FusedMatMul") for node in graph.node) for graph in graphs]
+    assert products[0] <= products[1] + len(exported[0].decoder.stages)
+
+
+def test_factored_without_lors_is_refused(tmp_path, monkeypatch, root, capsys):
+    monkeypatch.chdir(root)
+    torch.save(dict(state_dict=MODELS.build(load_config(PLAIN_DIGITS).model).state_dict()), tmp_path / "plain.pth")
+    arguments = [PLAIN_DIGITS, str(tmp_path / "plain.pth"), str(tmp_path / "out.onnx"), "--factored"]
+    assert "--factored: model.decoder.lors is not set" in refused(TOOL, arguments, monkeypatch, capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["plain.pth"]
 
 
 def test_a_file_of_other_weights_is_refused_and_removed(exported, tmp_path, monkeypatch, root):

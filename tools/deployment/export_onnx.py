@@ -1,6 +1,7 @@
 """Write a trained AdaMixer, plain or with LORS, as one ONNX file, and check that file against PyTorch.
 
-LORS is folded first, so that the file holds the equivalent plain AdaMixer. The file maps
+LORS is folded first, so that the file holds the equivalent plain AdaMixer, or with --factored when onnxruntime opens
+the file, which is then as small as the checkpoint's weights. The file maps
 
   images  float32 (B, 3, H, W)   RGB, 0 to 255; the config's normalisation is inside
   boxes   float32 (B, k, 4)      x1, y1, x2, y2 in input pixels
@@ -15,6 +16,7 @@ import importlib.util
 import logging
 import os
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 OPSET = 18
@@ -36,6 +38,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--fixed-batch", type=int, metavar="B", help="fix the batch size, for runtimes that need it fixed"
+    )
+    parser.add_argument(
+        "--factored",
+        action="store_true",
+        help="keep LORS's A, B, E and shared weights; onnxruntime folds them on opening",
     )
     parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
     return parser.parse_args()
@@ -64,22 +71,33 @@ TOLERANCE = 1e-3
 """Largest difference of scores, and of boxes as a share of the input's longer side."""
 
 
-def build(cfg: Config, checkpoint: str) -> tuple[TensorDetector, TensorDetector]:
+def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector, TensorDetector]:
     """The trained detector itself, for comparison, and the one to export: folded, and sampling by grid_sample.
 
+    ``factored``: folded by its own operations, on nothing but parameters, at the start of every pass.
+
     Raises:
-        UserError: a checkpoint that cannot be read or does not fit.
+        UserError: a checkpoint that cannot be read or does not fit, or ``factored`` without LORS.
     """
     model_cfg = cfg.model
     model_cfg.decoder.update(sampling="auto", compile=False)
     trained = MODELS.build(model_cfg)
     weights, _ = read_weights(checkpoint, trained)
     trained.load_state_dict(weights)
-    plain = MODELS.build(folded_config(model_cfg) or model_cfg)
-    plain.load_state_dict(folded_state_dict(trained))
-    plain.decoder.sampling = "grid_sample"
+    plain_cfg = folded_config(model_cfg)
+    if factored and plain_cfg is None:
+        raise UserError("--factored: model.decoder.lors is not set: there are no factors")
+    if factored:
+        exported = deepcopy(trained)
+        for half in (exported.decoder.lorsa, exported.decoder.lorst):
+            if half is not None:
+                half.path = "fold"
+    else:
+        exported = MODELS.build(plain_cfg or model_cfg)
+        exported.load_state_dict(folded_state_dict(trained))
+    exported.decoder.sampling = "grid_sample"
     preprocessor = model_cfg.get("data_preprocessor") or {}
-    return TensorDetector(trained, preprocessor).eval(), TensorDetector(plain, preprocessor).eval()
+    return TensorDetector(trained, preprocessor).eval(), TensorDetector(exported, preprocessor).eval()
 
 
 def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
@@ -110,6 +128,8 @@ def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int 
         raise UserError(f"this model cannot be exported to opset {opset}: {reason}") from error
     if program.model.opset_imports[""] != opset:
         raise UserError(f"--opset {opset}: this model cannot be converted to it; {OPSET} works")
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces: a megabyte, with this machine's paths
     program.save(path, external_data=False)
 
 
@@ -174,10 +194,10 @@ def main() -> None:
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"missing: {', '.join(missing)}; install what exporting needs: pip install mmdet_lors[export]")
 
-    trained, plain = build(read_config(args.config), args.checkpoint)
+    trained, exported = build(read_config(args.config), args.checkpoint, args.factored)
     unfinished = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     try:
-        export(plain, unfinished, size, args.fixed_batch, args.opset)
+        export(exported, unfinished, size, args.fixed_batch, args.opset)
         for batch in [args.fixed_batch] if args.fixed_batch else [1, 3]:
             by_score, by_box = check(unfinished, trained, size, batch)
             print(f"onnxruntime at batch {batch}: scores within {by_score:.1e}, boxes within {by_box:.1e} pixels")
@@ -186,7 +206,7 @@ def main() -> None:
         raise UserError(f"{args.out} cannot be written: {error.strerror}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}, {args.out.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
