@@ -40,14 +40,14 @@ def predictions(model, images):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, root):
-    """LORS on the digits, its checkpoint, and the files that the tool wrote, dynamic in the batch."""
+    """LORS on the digits, its checkpoint, and the files that the tool wrote: dynamic in the batch, one in the size."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("exported")
     model = spread_out(random_lors(load_config(LORS_DIGITS).model))
     torch.save(dict(state_dict=model.state_dict()), folder / "lors.pth")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        for name, options in (("lors.onnx", []), ("factored.onnx", ["--factored"])):
+        for name, options in (("lors.onnx", []), ("factored.onnx", ["--factored", "--dynamic-size"])):
             arguments = [LORS_DIGITS, folder / "lors.pth", folder / name, "--size", "96x64", *options]
             patch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
             load_tool(TOOL).main()
@@ -80,10 +80,19 @@ def test_file_predicts_what_mmdet_predicts(batch, name, exported):
 def test_file_holds_the_folded_weights_of_every_stage(exported):
     model, folder = exported
     graph = onnx.load(folder / "lors.onnx").graph
-    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    sizes = graph.input[0].type.tensor_type.shape.dim
+    assert sizes[0].dim_param == "batch" and (sizes[3].dim_value, sizes[2].dim_value) == SIZE
     shapes = [sorted(weight.dims) for weight in graph.initializer]
     generator, out_proj = [64, 2 * (32 * 32 + 32 * 16)], [64, 2 * 32 * 32]
     assert shapes.count(generator) == shapes.count(out_proj) == len(model.decoder.stages)
+
+
+def test_only_a_dynamic_size_takes_other_sizes(exported):
+    model, folder = exported
+    check, trained = load_tool(TOOL).check, TensorDetector(model, load_config(LORS_DIGITS).model.data_preprocessor)
+    check(folder / "factored.onnx", trained, (160, 224), 2)
+    with pytest.raises(UserError, match=r"onnxruntime cannot run the export at batch 2 of 160x224"):
+        check(folder / "lors.onnx", trained, (160, 224), 2)
 
 
 def test_factored_file_is_as_small_as_the_checkpoint(exported):
@@ -129,7 +138,7 @@ def test_a_file_of_other_weights_is_refused_and_removed(exported, tmp_path, monk
     monkeypatch.setattr(tool, "export", lambda model, path, *_: shutil.copy(folder / "lors.onnx", path))
     arguments = [LORS_DIGITS, tmp_path / "other.pth", tmp_path / "other.onnx", "--size", "96x64"]
     monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
-    with pytest.raises(UserError, match=r"the export differs from PyTorch at batch 1: scores by .*, boxes by"):
+    with pytest.raises(UserError, match=r"the export differs from PyTorch at batch 1 of 96x64: scores by .*, boxes by"):
         tool.main()
     assert [p.name for p in tmp_path.iterdir()] == ["other.pth"]
 

@@ -8,7 +8,8 @@ the file, which is then as small as the checkpoint's weights. The file maps
   scores  float32 (B, k)         best first
   labels  int64   (B, k)         k = test_cfg.max_per_img; over queries x classes, no NMS
 
-Every image is taken to fill the whole input: resize it to W x H. The batch is dynamic, the size is not.
+Every image is taken to fill the whole input: resize it to W x H. The batch is dynamic, the size only with
+--dynamic-size.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import logging
 import os
 import warnings
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 OPSET = 18
@@ -35,6 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT.onnx", help="file to write")
     parser.add_argument(
         "--size", default="1280x800", metavar="WxH", help="input size, multiples of 32 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dynamic-size", action="store_true", help="take any size of multiples of 32; --size is what the check uses"
     )
     parser.add_argument(
         "--fixed-batch", type=int, metavar="B", help="fix the batch size, for runtimes that need it fixed"
@@ -100,14 +105,20 @@ def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector,
     return TensorDetector(trained, preprocessor).eval(), TensorDetector(exported, preprocessor).eval()
 
 
-def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int | None, opset: int) -> None:
+def export(
+    model: TensorDetector, path: Path, size: tuple[int, int], dynamic_size: bool, batch: int | None, opset: int
+) -> None:
     """Trace the model and write it; ``batch`` None leaves the batch dynamic.
 
     Raises:
         UserError: something in the model has no ONNX counterpart, or none in this opset.
     """
-    width, height = size
+    # A side of one cell would be taken for a constant.
+    width, height = (max(side, 2 * STRIDE) for side in size) if dynamic_size else size
     images = torch.zeros(batch or 2, 3, height, width)
+    dims = {} if batch else {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        dims |= {2: STRIDE * torch.export.Dim("height"), 3: STRIDE * torch.export.Dim("width")}
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     try:
@@ -119,13 +130,14 @@ def export(model: TensorDetector, path: Path, size: tuple[int, int], batch: int 
                 dynamo=True,
                 input_names=["images"],
                 output_names=OUTPUTS,
-                dynamic_shapes=None if batch else {"images": {0: torch.export.Dim("batch")}},
+                dynamic_shapes={"images": dims},
                 opset_version=opset,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"this model cannot be exported to opset {opset}: {reason}") from error
+        where = " with --dynamic-size" if dynamic_size else ""
+        raise UserError(f"this model cannot be exported to opset {opset}{where}: {reason}") from error
     if program.model.opset_imports[""] != opset:
         raise UserError(f"--opset {opset}: this model cannot be converted to it; {OPSET} works")
     for node in program.model.graph:
@@ -147,12 +159,13 @@ def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) 
     """
     import onnxruntime
 
+    place = f"batch {batch} of {size[0]}x{size[1]}"
     images = torch.rand(batch, 3, *size[::-1], generator=torch.Generator().manual_seed(0)) * 255
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(OUTPUTS, {"images": images.numpy()})
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        raise UserError(f"onnxruntime cannot run the export at batch {batch}: {first_line(error)}") from error
+        raise UserError(f"onnxruntime cannot run the export at {place}: {first_line(error)}") from error
     boxes, scores, labels = map(torch.from_numpy, found)
     decoder = model.detector.decoder
     kept, decoder.max_per_img = decoder.max_per_img, decoder.num_classes * model.detector.query_generator.num_queries
@@ -163,12 +176,12 @@ def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) 
         decoder.max_per_img = kept
     k = min(kept, expected[1].shape[1])
     if scores.shape != (batch, k):
-        raise UserError(f"the export differs from PyTorch: scores of shape {tuple(scores.shape)} at batch {batch}")
+        raise UserError(f"the export differs from PyTorch: scores of shape {tuple(scores.shape)} at {place}")
     by_score = (scores - expected[1][:, :k]).abs().max().item()
     by_box = max(map(_box_difference, zip(boxes, scores, labels, strict=True), zip(*expected, strict=True)))
     if not (by_score <= TOLERANCE and by_box <= TOLERANCE * max(size)):
         raise UserError(
-            f"the export differs from PyTorch at batch {batch}: scores by {by_score:.2g}, boxes by {by_box:.2g} pixels"
+            f"the export differs from PyTorch at {place}: scores by {by_score:.2g}, boxes by {by_box:.2g} pixels"
         )
     return by_score, by_box
 
@@ -197,10 +210,12 @@ def main() -> None:
     trained, exported = build(read_config(args.config), args.checkpoint, args.factored)
     unfinished = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     try:
-        export(exported, unfinished, size, args.fixed_batch, args.opset)
-        for batch in [args.fixed_batch] if args.fixed_batch else [1, 3]:
-            by_score, by_box = check(unfinished, trained, size, batch)
-            print(f"onnxruntime at batch {batch}: scores within {by_score:.1e}, boxes within {by_box:.1e} pixels")
+        export(exported, unfinished, size, args.dynamic_size, args.fixed_batch, args.opset)
+        sizes = [size, size[::-1], (STRIDE, STRIDE)] if args.dynamic_size else [size]
+        for batch, (w, h) in product([args.fixed_batch] if args.fixed_batch else [1, 3], sizes):
+            by_score, by_box = check(unfinished, trained, (w, h), batch)
+            found = f"scores within {by_score:.1e}, boxes within {by_box:.1e} pixels"
+            print(f"onnxruntime at batch {batch} of {w}x{h}: {found}")
         unfinished.replace(args.out)
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error.strerror}") from error
