@@ -176,6 +176,14 @@ def test_refuses_and_leaves_nothing_behind(out, options, message, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_detr_is_refused(tmp_path, monkeypatch, root, capsys):
+    monkeypatch.chdir(root)
+    config = "configs/lors/other_detectors/dino_r18_digits.py"
+    message = refused(TOOL, [config, "none.pth", str(tmp_path / "out.onnx")], monkeypatch, capsys)
+    assert f"config {config} has no model.decoder.stage: it is not an AdaMixer" in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_says_what_to_install(tmp_path, monkeypatch, root, capsys):
     monkeypatch.chdir(root)
     monkeypatch.setattr("importlib.util.find_spec", _without("onnxruntime"))

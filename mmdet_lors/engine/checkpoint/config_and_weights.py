@@ -18,8 +18,10 @@ def read_config(path: str) -> Config:
         UserError: no such file, a broken one, or one without an AdaMixer decoder.
     """
     cfg = load_config(path)
-    if cfg.get("model", {}).get("decoder") is None:
-        raise UserError(f"config {path} has no model.decoder: it is not an AdaMixer")
+    decoder = cfg.get("model", {}).get("decoder")
+    if decoder is None or "stage" not in decoder:  # a DETR has a decoder, too
+        missing = "model.decoder" if decoder is None else "model.decoder.stage"
+        raise UserError(f"config {path} has no {missing}: it is not an AdaMixer")
     return cfg
 
 
