@@ -1,9 +1,29 @@
 """The detector as a function from a tensor to tensors, which is what exporters trace and servers call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from mmdet.models.backbones.swin import ShiftWindowMSA
 from torch import Tensor, nn
 
 from mmdet_lors.adamixer import QueryBased
+
+
+@contextmanager
+def any_batch() -> Iterator[None]:
+    """While it lasts, mmdet's Swin can be traced for any batch: its own code turns the batch into a constant."""
+
+    def window_reverse(self: ShiftWindowMSA, windows: Tensor, H: int, W: int) -> Tensor:
+        """Windows (B * H / s * W / s, s, s, C) -> maps (B, H, W, C), for s = ``window_size``."""
+        rows, columns = H // self.window_size, W // self.window_size
+        return windows.unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    before, ShiftWindowMSA.window_reverse = ShiftWindowMSA.window_reverse, window_reverse
+    try:
+        yield
+    finally:
+        ShiftWindowMSA.window_reverse = before
 
 
 class TensorDetector(nn.Module):

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_lors, refused
+from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from torch import nn
 
 from mmdet_lors.conversion.export import TensorDetector
@@ -93,6 +95,21 @@ def test_only_a_dynamic_size_takes_other_sizes(exported):
     check(folder / "factored.onnx", trained, (160, 224), 2)
     with pytest.raises(UserError, match=r"onnxruntime cannot run the export at batch 2 of 160x224"):
         check(folder / "lors.onnx", trained, (160, 224), 2)
+
+
+def test_swin_takes_any_batch(tmp_path, call_tool, root, capsys):
+    """mmdet's own code makes the batch a constant; the tool itself compares batches 1 and 3 with PyTorch."""
+    config = tmp_path / "swin.py"
+    config.write_text(f"""_base_ = "{root / LORS_DIGITS}"
+backbone = dict(_delete_=True, type="SwinTransformer", embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8),
+                out_indices=(0, 1, 2))
+model = dict(backbone=backbone, neck=dict(in_channels=[16, 32, 64]))""")
+    torch.save(
+        dict(state_dict=spread_out(random_lors(Config.fromfile(config).model)).state_dict()), tmp_path / "swin.pth"
+    )
+    call_tool(TOOL, config, tmp_path / "swin.pth", tmp_path / "swin.onnx", "--size", "96x64", "--factored")
+    assert (tmp_path / "swin.onnx").is_file() and "at batch 3" in capsys.readouterr().out
+    assert ShiftWindowMSA.window_reverse.__module__.startswith("mmdet.")
 
 
 def test_factored_file_is_as_small_as_the_checkpoint(exported):

@@ -62,7 +62,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmdet_lors.analysis.arguments import check_writable, width_and_height
-from mmdet_lors.conversion.export import TensorDetector
+from mmdet_lors.conversion.export import TensorDetector, any_batch
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.launch import run
@@ -122,7 +122,7 @@ def export(
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), any_batch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,
