@@ -59,7 +59,7 @@ def test_the_page_goes_from_pictures_to_detections(folder, tool, capsys):
     assert 0 <= json.loads((folder / "metrics.json").read_text())["coco/bbox_mAP"] <= 1
 
     tool("infer", "my_shapes/pictures/0000.jpg", "shapes.py", checkpoint, "--json", "--score-thr", "0")
-    [found] = json.loads((folder / "work_dirs/infer/predictions.jsonl").read_text())
+    found = json.loads((folder / "work_dirs/infer/predictions.jsonl").read_text())
     assert {box["class"] for box in found["boxes"]} <= {"circle", "square"} and len(found["boxes"]) == 20
     assert mmcv.imread(str(folder / "work_dirs/infer/0000.jpg")).shape == (360, 480, 3)
 
