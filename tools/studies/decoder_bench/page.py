@@ -105,8 +105,8 @@ def page(results: Results, command: str, picture: str) -> str:
     lines += [
         "",
         "Differences are paired by seed and features; intervals are Student's. A claim that rows are equal holds if "
-        f"the interval lies within {MARGIN} of zero, one that a row is better if it lies above zero. Seconds are by the "
-        "clock, beside whatever else the machine did.",
+        f"the interval lies within {MARGIN} of zero, one that a row is better if it lies above zero. Seconds are by "
+        "the clock, beside whatever else the machine did.",
         "",
     ]
     failed = [
