@@ -62,18 +62,19 @@ from mmdet_lors.errors import UserError
 from mmdet_lors.lors.serving import serve
 
 
-def settings(args: argparse.Namespace, num_stages: int) -> list[dict]:
-    """The settings to compare, as fields of test_cfg; the first is the whole decoder."""
+def settings(args: argparse.Namespace, num_stages: int, test_cfg: dict) -> list[dict]:
+    """The settings to compare, each a whole test_cfg; the first is the whole decoder."""
     stages = [num_stages, *(args.num_stages or range(num_stages - 1, 0, -1))]
     kept = [k * (num_stages - 1) if len(k) == 1 else k for k in args.keep_queries]
-    return [dict(num_stages=s) for s in dict.fromkeys(stages)] + [dict(keep_queries=k) for k in kept]
+    ways = [(s, []) for s in dict.fromkeys(stages)] + [(num_stages, k) for k in kept]
+    return [dict(test_cfg, num_stages=s, keep_queries=k) for s, k in ways]
 
 
 def evaluate(runner: Runner, found: list[dict]) -> dict[str, list[float]]:
     """The evaluator's metrics with each setting."""
     metrics: dict[str, list[float]] = {}
     for setting in found:
-        runner.model.decoder.set_test_cfg(**(runner.cfg.model.get("test_cfg") or {}) | setting)
+        runner.model.decoder.set_test_cfg(**setting)
         with contextlib.redirect_stdout(io.StringIO()):
             for name, value in runner.test().items():
                 metrics.setdefault(name, []).append(value)
@@ -111,9 +112,9 @@ def check(args: argparse.Namespace) -> tuple[Config, list[dict]]:
     model = build_without_weights(cfg.model)
     if not isinstance(model, QueryBased):
         raise UserError(f"model.type {cfg.model.type} is not an AdaMixer: early exit is a setting of its decoder")
-    found = settings(args, model.decoder.num_stages)
+    found = settings(args, model.decoder.num_stages, cfg.model.get("test_cfg") or {})
     for setting in found:
-        build_without_weights(cfg.model | dict(test_cfg=(cfg.model.get("test_cfg") or {}) | setting))
+        build_without_weights(cfg.model | dict(test_cfg=setting))
     check_fit(model, read_checkpoint(args.checkpoint), args.checkpoint)
     check_config(cfg, ("test",))
     check_inputs(cfg, ("test",))
@@ -135,10 +136,9 @@ def main() -> None:
     for name in ("num_stages", "keep_queries", *names, "ms / image", "of the first"):
         grid.add_column(name, justify="right")
     for i, setting in enumerate(found):
-        kept = " ".join(map(str, setting.get("keep_queries", ["all"])))
+        kept = " ".join(map(str, setting["keep_queries"] or ["all"]))
         values = [f"{metrics[name][i]:.3f}" for name in names]
-        stages = str(setting.get("num_stages", found[0]["num_stages"]))
-        grid.add_row(stages, kept, *values, f"{times[i]:.1f}", f"{times[i] / times[0]:.2f}")
+        grid.add_row(str(setting["num_stages"]), kept, *values, f"{times[i]:.1f}", f"{times[i] / times[0]:.2f}")
     console().print(grid)
 
 
