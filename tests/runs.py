@@ -69,6 +69,15 @@ DISTILLER = """
 network = dict(embed_dim=12, depth=2, drop_path_rate=0.5)
 model = dict(teacher=dict(network=network), teacher_checkpoint={teacher!r})
 """
+RELEASED = (
+    DISTILLER
+    + """
+model.update(perturbation_loss=None)
+model["teacher"]["random_erasing"] = dict(probability=0.25, mode="pixel")
+train_dataloader["sampler"] = dict(type="RepeatedAugmentation")
+default_hooks["average"] = dict(type="EMAHook", momentum=0.1)
+"""
+)
 KINDS = {
     "plain": ("adamixer/adamixer_r18_digits.py", DETECTOR),
     "lors": ("lors/adamixer-lors_r18_digits.py", DETECTOR),
@@ -76,6 +85,7 @@ KINDS = {
     "lors-classification": ("classification/vit-lors_digits.py", LORS_CLASSIFIER),
     "pela": ("pela/adamixer-lors_pela-swin_digits.py", DETECTOR + PELA),
     "pela-distillation": ("pela/pela-distiller_vit_digits.py", DISTILLER),
+    "pela-as-released": ("pela/pela-distiller_vit_digits.py", RELEASED),
 }
 """What is trained: a config of this project, and what makes it small and its augmentation and dropout random."""
 
@@ -84,7 +94,7 @@ def write_config(kind: str, folder: Path, data: Path, more: str = "", name: str 
     """A config of seconds: 2 epochs of 3 iterations, a validation after each, a checkpoint at iterations 4 and 6."""
     base, text = KINDS[kind]
     teacher = folder / "teacher.pth"
-    if kind == "pela-distillation" and not teacher.exists():
+    if kind.startswith("pela-") and not teacher.exists():
         trained = MODELS.build(mmengine_config.Config.fromfile(write_config("classification", folder, data)).model)
         torch.save(dict(state_dict=trained.state_dict()), teacher)
     path = folder / f"{name or kind}.py"
@@ -295,11 +305,11 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a!r} and {b!r}"]
 
 
-EXACT = ("state_dict", "optimizer", "param_schedulers", "exact_resume")
-"""What has to be the same: weights, optimizer, schedule; position, every process's random numbers and buffers."""
+EXACT = ("state_dict", "ema_state_dict", "optimizer", "param_schedulers", "exact_resume")
+"""What has to be the same: weights, their average, optimizer, schedule; position, all random numbers and buffers."""
 
 
 def same_training(a: Path, b: Path) -> list[str]:
     """Where two checkpoints' training states differ."""
     a, b = checkpoint(a), checkpoint(b)
-    return [text for key in EXACT for text in differences(a[key], b[key], key)]
+    return [text for key in EXACT for text in differences(a.get(key), b.get(key), key)]

@@ -8,8 +8,9 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(mean=[127.5], std=[127.5]),
-    network=dict(img_size=32, patch_size=8, in_chans=1, embed_dim=96, depth=6, num_heads=3, drop_path_rate=0.0),
+    network=dict(img_size=32, patch_size=8, in_chans=1, embed_dim=96, depth=6, num_heads=3),
     num_classes=10,
     mixup=None,
+    init_cfg=None,
 )
 randomness = dict(seed=0)

@@ -4,5 +4,14 @@ from .accuracy import Accuracy
 from .classifier import TimmClassifier
 from .datasets import CIFAR100, ImageFolder, SklearnDigits
 from .pretrained import PretrainedParts
+from .sampler import RepeatedAugmentation
 
-__all__ = ["CIFAR100", "Accuracy", "ImageFolder", "PretrainedParts", "SklearnDigits", "TimmClassifier"]
+__all__ = [
+    "CIFAR100",
+    "Accuracy",
+    "ImageFolder",
+    "PretrainedParts",
+    "RepeatedAugmentation",
+    "SklearnDigits",
+    "TimmClassifier",
+]

@@ -1,12 +1,15 @@
-"""A timm model as an mmengine model: loss with Mixup, CutMix and label smoothing, and prediction."""
+"""A timm model as an mmengine model: loss with erasing, Mixup, CutMix and label smoothing, and prediction."""
 
+from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 import timm
 import torch
 from mmdet.registry import MODELS
 from mmengine.model import BaseModel, initialize
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
@@ -32,6 +35,13 @@ def create_network(model_name: str, **fields) -> nn.Module:
         raise UserError(f"network {model_name}: {reason}") from error
 
 
+def _build(field: str, kind: Callable, fields: dict) -> Any:
+    try:
+        return kind(**fields)
+    except (AssertionError, TypeError) as error:
+        raise UserError(f"{field}: {str(error) or fields}") from error
+
+
 @MODELS.register_module()
 class TimmClassifier(BaseModel):
     """An image classifier; ``network`` is the model as timm builds it.
@@ -42,6 +52,8 @@ class TimmClassifier(BaseModel):
         label_smoothing: share of a target that is spread over all classes, 0 to 1.
         mixup: fields of ``timm.data.Mixup``, such as ``mixup_alpha`` and ``cutmix_alpha``; None leaves images as they
             are.
+        random_erasing: fields of timm's ``RandomErasing``, such as ``probability`` and ``mode``: rectangles of
+            normalised training images become noise, before ``mixup``. None erases nothing.
         data_preprocessor: mmengine's ``ImgDataPreprocessor`` or another that gives ``inputs`` and ``data_samples``.
         init_cfg: initialisers of ``network``, such as :class:`PretrainedParts`; None keeps timm's own weights.
 
@@ -55,6 +67,7 @@ class TimmClassifier(BaseModel):
         num_classes: int,
         label_smoothing: float = 0.0,
         mixup: dict | None = None,
+        random_erasing: dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | list | None = None,
     ) -> None:
@@ -64,7 +77,9 @@ class TimmClassifier(BaseModel):
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.network = create_network(num_classes=num_classes, **network)
-        self.mixup = Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes) if mixup else None
+        targets = dict(label_smoothing=label_smoothing, num_classes=num_classes)
+        self.mixup = _build("mixup", Mixup, mixup | targets) if mixup else None
+        self.erase = _build("random_erasing", RandomErasing, random_erasing) if random_erasing else None
         self.criterion = SoftTargetCrossEntropy() if mixup else LabelSmoothingCrossEntropy(label_smoothing)
 
     def init_weights(self) -> None:
@@ -105,13 +120,16 @@ class TimmClassifier(BaseModel):
             UserError: an odd number of images, which timm's Mixup cannot pair.
         """
         targets = labels
+        if self.erase is not None:
+            self.erase.device = images.device  # where it makes its noise
+            # Both write into the images that they are given.
+            images = self.erase(images.clone())
         if self.mixup is not None:
             if len(images) % 2:
                 raise UserError(
                     f"mixup needs an even number of images in every batch of a process, got {len(images)}: make "
                     "train_dataloader.batch_size even, with drop_last=True"
                 )
-            # Mixup writes into the images that it is given.
             images, targets = self.mixup(images.clone(), labels)
         logits = self.network(images)
         # float32 under autocast, but never a lower precision than the network's.

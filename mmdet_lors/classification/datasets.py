@@ -24,6 +24,11 @@ CIFAR100_HINT = (
 
 MAX_REPLACED = 1000
 """How many images in a row training may replace."""
+WITHOUT_EFFECT = dict(
+    {field: "model.random_erasing" for field in ("re_prob", "re_mode", "re_count", "re_num_splits")},
+    **{field: "model.data_preprocessor" for field in ("normalize", "std")},
+)
+"""Fields of timm's transforms that our classifier's own fields stand for."""
 
 
 class ClassificationDataset(Dataset):
@@ -35,13 +40,13 @@ class ClassificationDataset(Dataset):
     Args:
         source: (PIL image, label) of every image.
         classes: their names, in the order of the labels.
-        transform: fields of ``timm.data.create_transform``, except for normalisation, which the data preprocessor
-            does. ``is_training`` says what the data set is for.
+        transform: fields of ``timm.data.create_transform``, except for normalisation and erasing, which follow it: they
+            are the classifier's. ``is_training`` says what the data set is for.
         max_unusable_share: largest share of all images, 0 to 1, that each process may find unusable.
 
     Raises:
-        UserError: an unknown field of ``transform``, or a share outside [0, 1]; when an image is loaded: images that
-            cannot be read, see above.
+        UserError: a field of ``transform`` that is unknown or without effect, or a share outside [0, 1]; when an image
+            is loaded: images that cannot be read, see above.
     """
 
     def __init__(
@@ -56,6 +61,9 @@ class ClassificationDataset(Dataset):
         self.training = bool(transform.get("is_training"))
         self.unusable = UnusableImages(len(source), max_unusable_share)
         self.metainfo = dict(classes=tuple(classes))
+        for field, place in WITHOUT_EFFECT.items():
+            if field in transform:
+                raise UserError(f"{type(self).__name__}.transform.{field} has no effect: set {place}")
         try:
             # For timm's prefetcher a transform ends with the image in uint8; our preprocessor does the rest instead.
             self.transform = create_transform(**transform, use_prefetcher=True)

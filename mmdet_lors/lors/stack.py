@@ -19,13 +19,13 @@ from .static import LORST
 from .targets import check_weights, checked_layers, groups_of, resolve, setting, sharable
 from .warm_start import FitError, fit_lorst_
 
-INITS = ("paper", "trained")
+INITS = ("first", "paper", "trained")
 
 
 def _lorst(weights: Sequence[Tensor], ranks: Sequence[int], init: str, turns: int) -> tuple[LORST, list[FitError]]:
     """A LORST for weights W_i (out, in) with K_i * r_i = ranks[i], and for 'trained' how far it is from them.
 
-    Weights that are not finite (allocated, but not initialised yet) cannot be fitted: error nan, the paper's start.
+    Weights that are not finite (allocated, but not initialised yet) cannot be fitted: error nan, the start of 'first'.
     """
     weights = [w.detach() for w in weights]
     rows, cols = weights[0].shape
@@ -34,7 +34,8 @@ def _lorst(weights: Sequence[Tensor], ranks: Sequence[int], init: str, turns: in
     lorst.to(weights[0])
     if init == "trained" and all(w.isfinite().all() for w in weights):
         return lorst, fit_lorst_(lorst, weights, None, turns)
-    lorst.shared = nn.Parameter(weights[0].clone())
+    if init != "paper":
+        lorst.shared = nn.Parameter(weights[0].clone())
     return lorst, [FitError(float("nan"), float("nan"))] * len(weights) if init == "trained" else []
 
 
@@ -44,7 +45,7 @@ def share_stack(
     rank: PerLayer | Mapping[str, PerLayer] = 8,
     groups: PerLayer | Mapping[str, PerLayer] = 1,
     share: Sequence[int | str] | None = None,
-    init: str = "paper",
+    init: str = "first",
     turns: int = 1,
 ) -> dict[str, list[FitError]]:
     r"""Turn the named weights of a stack of layers into LORST, in place.
@@ -67,13 +68,14 @@ def share_stack(
         rank: r, one for all or one per layer, or a dict with such an entry for every target.
         groups: K, likewise; 0 gives a layer W_shared alone, 0 everywhere is a recurrent stack.
         share: one label per layer; layers of equal labels share. ``[0, 1, 0, 1]``: every other one. Default: all.
-        init: 'paper' starts every layer as the first one's present weight: W_shared = W_1, A Kaiming, B zero.
+        init: 'first' starts every layer as the first one's present weight: W_shared = W_1, A Kaiming, B zero. 'paper'
+            starts anew, whatever the present weights are: W_shared and A Kaiming, B zero (section 3.3 of the paper).
             'trained' stays near the present weights: W_shared their mean, B A the truncated SVD of the rest.
         turns: for 'trained': how often mean and SVD are fitted in turn. More than 1 comes nearer to the weights.
 
     Returns:
         For 'trained', per weight one relative error per layer: what W_shared alone and what the fit leaves over, each
-        as :math:`\|W_i - W_i'\|_F / \|W_i\|_F`. Empty for 'paper'.
+        as :math:`\|W_i - W_i'\|_F / \|W_i\|_F`. Empty for the others.
 
     Raises:
         ValueError: names the field, and the layer: layers of different shapes, a target that is missing or is no

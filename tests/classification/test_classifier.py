@@ -48,6 +48,17 @@ def test_mixed_images_are_learned_with_mixed_targets(images, labels, monkeypatch
     assert torch.equal(images, before)
 
 
+def test_erased_rectangles_are_noise_in_the_network_alone(images, labels):
+    model = classifier(random_erasing=dict(probability=1.0, min_area=0.2, mode="pixel"))
+    seen, before = [], images.clone()
+    model.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(images, labels, mode="loss")
+    changed = (seen[0] != images).flatten(1).float().mean(1)
+    assert torch.equal(images, before) and ((changed > 0.15) & (changed < 0.4)).all()  # of at most a third
+    model.predict(images)
+    assert torch.equal(seen[1], images)
+
+
 def test_predictions_are_probabilities_beside_the_label(images, labels):
     model = classifier().eval()
     found = model(images, labels, mode="predict")
@@ -90,6 +101,8 @@ def test_other_architectures(labels):
         (dict(network=dict(model_name="deit_tinny")), "network.model_name 'deit_tinny' is not a model .* close to it"),
         (dict(network=dict(depth=3)), "network.model_name is missing; network has depth"),
         (dict(network=dict(NETWORK, embed_dim=17)), "network vit_tiny_patch16_224: "),
+        (dict(mixup=dict(alpha=1.0)), "mixup: .*unexpected keyword argument 'alpha'"),
+        (dict(random_erasing=dict(mode="grey")), "random_erasing: .*'mode': 'grey'"),
         (dict(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\), got 1.5"),
     ],
 )

@@ -154,6 +154,8 @@ def test_a_class_without_pictures(folders):
     [
         ("split", "test", "train_dataloader: split must be 'train' or 'val', got 'test'"),
         ("transform", dict(size=3), "SklearnDigits.transform: .*unexpected keyword argument 'size'"),
+        ("transform", dict(input_size=32, re_prob=0.25), "transform.re_prob has no effect: set model.random_erasing"),
+        ("transform", dict(input_size=32, std=(1.0,)), "transform.std has no effect: set model.data_preprocessor"),
         ("root", "x", "SklearnDigits: got an unexpected keyword argument 'root'"),
     ],
 )

@@ -5,9 +5,10 @@ from functools import cache
 import pytest
 import torch
 from conftest import ROOT
+from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
+from rates import learning_rates
 from torch import nn
 
 import mmdet_lors.classification  # noqa: F401
@@ -96,7 +97,7 @@ def test_classifiers_build_what_the_table_says(name):
         layers=len(network.blocks),
         dim=network.embed_dim,
         tokens=network.pos_embed.shape[1],
-        loaded=model.init_cfg and model.init_cfg["parts"],
+        loaded=model.init_cfg[2]["parts"] if len(model.init_cfg or ()) > 2 else None,
         rank=rank,
         encoder=count(network.blocks),
         attention=attention[0],
@@ -115,7 +116,10 @@ def test_classifiers_dump_and_load(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in CLASSIFIERS if CLASSIFIERS[name]["data"] == "CIFAR100"])
 def test_classifiers_train_as_the_paper_says(name):
-    """300 epochs of 8 x 128 images: up to 1e-3 in 20 epochs, then down to 1e-5; Mixup, CutMix and flips alone."""
+    """300 epochs of 8 x 128 images: up to 1e-3 in 20 epochs, then down to 1e-5; Mixup, CutMix and flips alone.
+
+    The rest is the release's: CIFAR's mean and std, no drop path, how weights start.
+    """
     cfg, model = classifier(name)
     assert cfg.train_cfg.max_epochs == 300 and cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size
     assert cfg.optim_wrapper.clip_grad.max_norm == 5.0
@@ -127,21 +131,25 @@ def test_classifiers_train_as_the_paper_says(name):
     assert (
         transform.color_jitter is None and transform.hflip == 0.5 and transform.scale == transform.ratio == (1.0, 1.0)
     )
+    assert (model.mixup.mix_prob, model.mixup.switch_prob) == (1.0, 0.5)  # always one of the two
+    preprocessor = (cfg.model.model if cfg.model.type == "WithLORS" else cfg.model).data_preprocessor
+    assert preprocessor.mean == [129.304, 124.070, 112.434] and preprocessor.std == [68.170, 65.392, 70.418]
+    assert all(isinstance(block.drop_path1, nn.Identity) for block in model.network.blocks)
 
 
-def learning_rates(schedulers: list[dict], lr: float, epochs: int) -> list[float]:
-    """Learning rate at the start of each epoch, and at the end."""
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr)
-    built = [dict(scheduler, optimizer=optimizer) for scheduler in schedulers]
-    for scheduler in built:
-        scheduler.pop("convert_to_iter_based")
-    built = [PARAM_SCHEDULERS.build(scheduler) for scheduler in built]
-    rates = [optimizer.param_groups[0]["lr"]]
-    for _ in range(epochs):
-        for scheduler in built:
-            scheduler.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    return rates
+@pytest.mark.parametrize("name", [PLAIN_DEIT, LORS_DEIT])
+def test_classifiers_start_as_released(name):
+    """Kaiming for the patch convolution and W_shared, a truncated normal for Linears, zero for biases."""
+    torch.manual_seed(0)
+    model = MODELS.build(classifier(name)[0].model)
+    model.init_weights()
+    network, lors = model.network, name == LORS_DEIT
+    patches = network.patch_embed.proj
+    assert patches.weight.std().item() == pytest.approx((3 * 4 * 4) ** -0.5, rel=0.05) and not patches.bias.any()
+    fc1 = network.blocks[5].mlp.fc1
+    expected = (3 * 192) ** -0.5 if lors else 0.02  # of a uniform distribution up to 192 ** -0.5
+    assert fc1.weight.std().item() == pytest.approx(expected, rel=0.02) and not fc1.bias.any()
+    assert network.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("name", [PLAIN_DEIT, LORS_DEIT])

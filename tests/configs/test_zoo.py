@@ -3,11 +3,10 @@
 from functools import cache
 
 import pytest
-import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, ROOT, load_config
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS
+from rates import learning_rates
 from torch import nn
 
 from mmdet_lors.analysis.complexity import build_on_meta
@@ -21,7 +20,11 @@ BACKBONES = {
     "x101-32x4d-dcn": ("ResNeXt", 101),
 }
 LONG = "crop-ms-480-800-3x"
-SCHEDULES = {"1x": dict(epochs=12, steps=[8, 11], crop=False), LONG: dict(epochs=36, steps=[24, 33], crop=True)}
+SCHEDULES = {
+    "1x": dict(epochs=12, steps=[8, 11], crop=False),
+    LONG: dict(epochs=36, steps=[24, 33], crop=True),
+    "ms-480-800-3x": dict(epochs=36, steps=[27, 33], crop=False),
+}
 
 ZOO = [
     # backbone, queries, schedule, parameters of AdaMixer, and with LORS
@@ -66,17 +69,26 @@ def row(decoder: int, **changes) -> dict:
     ``decoder`` is its number of parameters, ``sampling`` is groups x points.
     """
     main = dict(backbone="r50", queries=100, schedule="1x", stages=6, sampling=(2, 64), lorsa=LORSA, lorst=LORST)
-    return dict(main, decoder=decoder, **changes)
+    return dict(main, decoder=decoder) | changes
 
 
 def digits(decoder: int, **changes) -> dict:
     """What the digits configs build; their schedule is not one of COCO's and is not checked."""
-    return row(decoder, backbone="r18", queries=20, schedule=None, stages=3, sampling=(2, 16), **changes)
+    small = dict(backbone="r18", queries=20, schedule=None, stages=3, sampling=(2, 16))
+    return row(decoder, **small, **changes)
 
 
 TABLE = {
     PLAIN_DIGITS: digits(1_189_974, lorsa=None, lorst=None),
     LORS_DIGITS: digits(652_886, lorsa=dict(LORSA, rank=[8] * 3, groups=[1, 1, 2]), lorst=dict(LORST, rank=[8] * 3)),
+    plain_path("r50", 100, "ms-480-800-3x"): row(
+        110_272_296, schedule="ms-480-800-3x", sampling=(4, 32), lorsa=None, lorst=None
+    ),
+    plain_path("r101", 100, "ms-480-800-3x"): row(
+        110_272_296, backbone="r101", schedule="ms-480-800-3x", sampling=(4, 32), lorsa=None, lorst=None
+    ),
+    plain_path("r50", 100, "2x64_1x"): row(135_536_424, lorsa=None, lorst=None),
+    lors_path("r50", 100, "4x32_1x"): row(34_344_744, sampling=(4, 32)),
     ablation("table4_lorsa-only"): row(75_706_152, lorst=None),
     ablation("table4_lorst-only"): row(69_914_408, sampling=(4, 32), lorsa=None),
     ablation("table5_lorsa-shared-only"): row(32_018_216, lorsa=dict(LORSA, rank=[None] * 6, groups=[0] * 6)),
@@ -177,24 +189,14 @@ def test_builds_what_the_table_says(name):
     assert built(name) == expected
 
 
-def falls(scheduler: dict, lr: float, epochs: int) -> list[int]:
-    """After which epochs this schedule has lowered the learning rate."""
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr)
-    schedule = PARAM_SCHEDULERS.build(dict(scheduler, optimizer=optimizer))
-    rates = [lr]
-    for _ in range(epochs):
-        schedule.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    return [i for i in range(1, epochs) if rates[i] < rates[i - 1]]
-
-
 @pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name]["schedule"]])
 def test_trains_as_its_name_says(name):
     cfg, expected = config(name), SCHEDULES[TABLE[name]["schedule"]]
     warm_up, steps = cfg.param_scheduler
     assert warm_up.end == (1000 if TABLE[name]["backbone"] == "swin-s" else 500)
     assert cfg.train_cfg.max_epochs == expected["epochs"]
-    assert falls(steps, 2.5e-5, expected["epochs"]) == expected["steps"]
+    rates = learning_rates([steps], 2.5e-5, expected["epochs"])[:-1]
+    assert [i for i, rate in enumerate(rates) if i and rate < rates[i - 1]] == expected["steps"]
     pipeline = cfg.train_dataloader.dataset.pipeline
     assert any(step.type == "RandomChoice" for step in pipeline) == expected["crop"]
     assert build_optim_wrapper(nn.Linear(1, 1), cfg.optim_wrapper).optimizer.defaults["lr"] == 2.5e-5

@@ -156,6 +156,21 @@ def test_deit_tiny_has_the_papers_parameters():
     assert count(model.blocks) == 2_536_704
 
 
+def test_the_papers_start_is_kaiming_whatever_the_weights_are():
+    first, second = ([nn.Linear(300, 200) for _ in range(2)] for _ in range(2))
+    for layers, init in ((first, "first"), (second, "paper")):
+        for layer in layers:
+            nn.init.constant_(layer.weight, 7.0)
+        share_stack(layers, "weight", init=init)
+        weight = layers[0].weight_lorst
+        assert weight.private.A.any() and not weight.private.B.any()
+        assert torch.equal(layers[1].weight, weight.first.shared)
+    assert (first[0].weight == 7).all()
+    bound = 300**-0.5  # Kaiming-uniform with a = sqrt(5), which is what nn.Linear does
+    assert second[0].weight.abs().max() <= bound
+    assert second[0].weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_full_rank_from_trained_weights_keeps_the_outputs(dtype, tolerance):
     model = deit_tiny().eval().to(dtype)
@@ -592,7 +607,7 @@ def parametrised() -> list[nn.Module]:
         (dict(share=[0, 1]), "share has 2 entries for 3 layers"),
         (dict(share=2), "share is 2, no list for 3 layers"),
         (dict(share=[0, [1], 0]), r"share\[1\] must be a number or a name, got \[1\]"),
-        (dict(init="svd"), "init must be one of paper, trained, got 'svd'"),
+        (dict(init="svd"), "init must be one of first, paper, trained, got 'svd'"),
         (dict(turns=0), "turns must be 1 or more, got 0"),
     ],
 )

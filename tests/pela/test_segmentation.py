@@ -25,10 +25,13 @@ from mmdet_lors.pela import LowRankLinear, compress
 
 DEIT = "upernet_pela-deit-base_8xb2-160k_ade20k-512x512"
 SWIN = "upernet_pela-swin-base_8xb2-160k_ade20k-512x512"
+SWIN_2, LARGE = SWIN.replace("base", "base-ratio-2"), DEIT.replace("deit-base", "deit3-large")
 CONFIGS = {
     # parameters, and of the backbone, before; after; low-rank layers; Table 2 in millions
     DEIT: ((120_574_508, 86_433_024), (78_088_748, 43_947_264), 48, (121.4, 78.9)),
     SWIN: ((121_279_716, 86_745_016), (95_675_620, 61_140_920), 72, (121.3, 79.3)),
+    SWIN_2: ((121_279_716, 86_745_016), (79_313_636, 44_778_936), 96, (121.3, 79.3)),
+    LARGE: ((427_358_508, 304_195_584), (276_216_108, 153_053_184), 96, (428.4, 277.2)),
 }
 VIT = dict(depth=4, embed_dim=16, num_heads=2, img_size=64)
 MAPS = dict(type="ViTMaps", model_name="vit_tiny_patch16_224", out_indices=[0, 1, 2, 3], vit=VIT)
@@ -141,23 +144,21 @@ def _without_scope(value):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_compression_saves_beside_the_papers_table(name):
-    """DeiT-B saves what the paper says. Swin-B saves 25.6 M, as in its Table 1; its Table 2 says 42.0 M."""
+    """The ViTs and Swin-B at ratio 2 save what Table 2 says; Swin-B at ratio 1.5 saves 25.6 M, as in Table 1."""
     (before, _), (after, _), _, paper = CONFIGS[name]
     ours, theirs = round((before - after) / 1e6, 1), round(paper[0] - paper[1], 1)
-    assert (ours, theirs) == {DEIT: (42.5, 42.5), SWIN: (25.6, 42.0)}[name]
+    assert (ours, theirs) == {DEIT: (42.5, 42.5), LARGE: (151.1, 151.2), SWIN: (25.6, 42.0), SWIN_2: (42.0, 42.0)}[name]
+
+
+@pytest.mark.parametrize(("name", "classifier"), [(SWIN_2, 0), (LARGE, 1025_000)])
+def test_table_2s_other_models_are_within_0_3_per_cent(name, classifier):
+    """The paper's DeiT-III-L seems to have ImageNet's classifier still; without it ours are 0.2 and 0.4 % smaller."""
+    (before, _), (after, _), _, paper = CONFIGS[name]
+    assert [n + classifier for n in (before, after)] == [pytest.approx(1e6 * million, rel=0.003) for million in paper]
 
 
 @needs_mmseg
-def test_the_papers_other_swin_is_ratio_2_on_every_linear_of_the_blocks():
-    cfg = load(SWIN).model.copy()
-    cfg.backbone = dict(cfg.backbone, ratio=2, omit=["norm", "patch_embed", "downsample"])
-    with mmseg_scope():
-        model = build_without_weights(cfg)
-    assert count(model) == 79_313_636 and round(count(model) / 1e6, 1) == CONFIGS[SWIN][3][1]
-
-
-@needs_mmseg
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SMALL)
 def test_forward_and_backward(name):
     from mmseg.structures import SegDataSample
 
@@ -295,7 +296,7 @@ def call(tool: str, monkeypatch, *arguments: str) -> None:
 
 
 @needs_mmseg
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_tools_train_and_evaluate(name, ade20k, tmp_path, monkeypatch):
     config = str(ROOT / f"configs/pela/{name}.py")
     work = ["--work-dir", str(tmp_path)]
@@ -328,7 +329,7 @@ def test_train_refuses_missing_data(work, ade20k, tmp_path, monkeypatch, capsys)
     assert "model.decode_head.num_classes is 3, but train_dataloader's data set has 150 classes" in message
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SMALL)
 def test_without_mmsegmentation_the_tools_say_so_in_one_line(name, work, monkeypatch, capsys):
     monkeypatch.setattr("mmengine.config.config.is_installed", lambda package: package != "mmsegmentation")
     message = refused("train.py", [str(ROOT / f"configs/pela/{name}.py"), *work], monkeypatch, capsys)

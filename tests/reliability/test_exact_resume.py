@@ -31,6 +31,8 @@ def test_k_and_k_iterations_equal_2k(uninterrupted, processes, tmp_path):
     assert same_training(whole / "iter_6.pth", work / "iter_6.pth") == []
     state = checkpoint(work / "iter_6.pth")["exact_resume"]
     assert state["iter"] == 6 and len(state["processes"]) == processes
+    averaged = checkpoint(work / "iter_6.pth").get("ema_state_dict", {})
+    assert bool(averaged) == (config.stem == "pela-as-released") and averaged.get("steps", 6) == 6
     if config.stem == "plain" and processes == 2:  # ResNet: BatchNorm has seen other images in the second process.
         assert any(name.endswith("running_mean") for name in state["processes"][1]["buffers"])
 

@@ -1,5 +1,8 @@
 """Time what PELA saves and what it costs: inference before and after, compression, and exact against randomised SVD.
 
+With --training: time and memory of a training step of both, AdamW and cross entropy, as in the paper's Table 8, and how
+large a batch of the compressed one needs no more memory, which its Table 9 uses.
+
 Everything is measured in this one run, on the CPU by default. Times are medians over repeats in which the two sides
 take turns, so that both see the same machine. Weights are random unless --checkpoint gives trained ones. Random ones
 are a hard case: their singular values fall slowly, so that much is cut off and directions are hard to tell apart.
@@ -12,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 
 
@@ -29,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--omit", nargs="*", help="names of layers to leave uncompressed (default: the paper's)")
     parser.add_argument("--batch", type=int, default=8, help="images per call (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="repeats of each side (default: %(default)s)")
+    parser.add_argument("--training", action="store_true", help="a training step of both instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser.parse_args()
@@ -39,9 +42,12 @@ if __name__ == "__main__":
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdet_lors.analysis.timing import hardware, interleaved, seconds
+from mmdet_lors.analysis.output import console
+from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
+from mmdet_lors.analysis.training_memory import training_memory
 from mmdet_lors.classification.classifier import create_network
 from mmdet_lors.classification.pretrained import read_weights
 from mmdet_lors.engine.checkpoint.reading import check_fit
@@ -182,11 +188,68 @@ def measure(args: argparse.Namespace) -> dict:
     )
 
 
+def measure_training(args: argparse.Namespace) -> dict:
+    """The figures of --training: seconds of a step, and bytes."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    original = create_network(args.model).to(device).train()
+    compressed, _ = compress(original, args.ratio, args.omit)
+    images = torch.randn(args.batch, *original.default_cfg["input_size"], device=device)
+    labels = torch.randint(original.num_classes, (args.batch,), device=device)
+
+    def prepare(model: nn.Module) -> tuple[torch.optim.Optimizer, Callable[[], Tensor]]:
+        return torch.optim.AdamW(model.parameters()), lambda: F.cross_entropy(model(images), labels)
+
+    def step(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    models = dict(original=original, compressed=compressed)
+    parts = {name: prepare(model) for name, model in models.items()}
+    memory = {name: training_memory(model, *parts[name]) for name, model in models.items()}
+    timed = {name: partial(seconds, partial(step, *part), device) for name, part in parts.items()}
+    found = interleaved(timed, args.repeats, alternate=True)
+    return dict(
+        model=args.model,
+        ratio=args.ratio,
+        batch=args.batch,
+        machine=hardware(device),
+        seconds={name: median(times) for name, times in found.items()},
+        share=ratio(found, "compressed", "original"),
+        weights={name: m.weights for name, m in memory.items()},
+        activations={name: m.activations for name, m in memory.items()},
+        largest_batch=memory["compressed"].largest_batch(args.batch, memory["original"]),
+    )
+
+
+def print_training(result: dict) -> None:
+    """Print a table and what it was measured on."""
+    out = console()
+    out.print(f"{result['model']}, ratio {result['ratio']}, batch {result['batch']}, {result['machine']}")
+    grid = Table("", title="a training step", title_justify="left")
+    for column in ("original", "compressed", "share"):
+        grid.add_column(column, justify="right")
+    seconds = [result["seconds"][name] for name in ("original", "compressed")]
+    grid.add_row("ms per image", *(f"{1e3 * s / result['batch']:.1f}" for s in seconds), f"{result['share']:.3f}")
+    total = [0, 0]
+    for label in ("weights", "activations"):
+        sizes = [result[label][name] for name in ("original", "compressed")]
+        total = [a + b for a, b in zip(total, sizes, strict=True)]
+        grid.add_row(f"{label}, GB", *(f"{b / 1e9:.3f}" for b in sizes), f"{sizes[1] / sizes[0]:.3f}")
+    grid.add_row("both, GB", *(f"{b / 1e9:.3f}" for b in total), f"{total[1] / total[0]:.3f}")
+    grid.caption = (
+        "weights: with gradients and AdamW's state; activations: what autograd keeps. As much memory as the original "
+        f"at batch {result['batch']} is enough for batch {result['largest_batch']} of the compressed."
+    )
+    out.print(grid)
+
+
 def print_report(result: dict) -> None:
     """Print two tables and what they were measured on."""
-    console = Console()
+    out = console()
     before, after = result["parameters"]
-    console.print(
+    out.print(
         f"{result['model']}, ratio {result['ratio']}: {before:,} -> {after:,} parameters, {result['layers']} layers "
         f"compressed in {result['compressing']:.1f} s\n{result['machine']}, {result['threads']} threads, torch "
         f"{result['torch']}, batch {result['batch']}, median of {result['repeats']}",
@@ -198,13 +261,13 @@ def print_report(result: dict) -> None:
     for label, key in (("Linear layers together", "linears"), ("whole model", "whole")):
         pair: Pair = result[key]
         times.add_row(label, f"{pair.original:.4f}", f"{pair.compressed:.4f}", f"{pair.share:.3f}")
-    console.print(times)
+    out.print(times)
     ways = Table(title="factorising all weights", title_justify="left")
     for column in ("", "seconds", "relative error"):
         ways.add_column(column, justify="right" if column else "left")
     for label, way in result["factorisation"].items():
         ways.add_row(label, f"{way.seconds:.2f}", f"{way.error:.6f}")
-    console.print(ways)
+    out.print(ways)
 
 
 def main() -> None:
@@ -216,11 +279,16 @@ def main() -> None:
     if args.omit is None:
         args.omit = list(OMIT)
     try:
-        result = measure(args)
+        result = measure_training(args) if args.training else measure(args)
     except ValueError as error:
         raise UserError(str(error)) from error
-    print_report(result)
-    if args.json:
+    if args.training:
+        print_training(result)
+    else:
+        print_report(result)
+    if args.json and args.training:
+        args.json.write_text(to_json(result, indent=1) + "\n")
+    elif args.json:
         plain = {k: asdict(v) if isinstance(v, Pair) else v for k, v in result.items()}
         plain["factorisation"] = {k: asdict(v) for k, v in result["factorisation"].items()}
         args.json.write_text(to_json(plain, indent=1) + "\n")

@@ -1,5 +1,4 @@
-# Intermediate pre-training on ImageNet: a frozen timm classifier and its compressed copy. Table 7 of the paper also has
-# each of the two losses alone; the released code's DeiT run leaves out the perturbation loss.
+# Intermediate pre-training on ImageNet: a frozen timm classifier and its compressed copy.
 model = dict(
     type="PELADistiller",
     teacher=dict(
@@ -10,7 +9,7 @@ model = dict(
         network=dict(),
         num_classes=1000,
         label_smoothing=0.1,
-        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0),
+        mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.5),
     ),
     student=dict(network=dict(drop_path_rate=0.1)),
     ratio=2,

@@ -7,6 +7,7 @@ model = dict(
             layers="network.blocks",
             targets=["attn.*", "mlp.*"],
             rank=32,
+            init="paper",
             groups={"attn.*": 1, "mlp.*": 1},
         )
     ]

@@ -7,6 +7,7 @@ model = dict(
             layers="network.blocks",
             targets=["attn.*", "mlp.*"],
             rank=32,
+            init="paper",
             groups={"attn.*": [1] * 9 + [2, 4, 6], "mlp.*": 1},
         )
     ]

@@ -2,9 +2,12 @@
 _base_ = "../deit-tiny_cifar100.py"
 
 model = dict(
-    init_cfg=dict(
-        type="PretrainedParts",
-        checkpoint="timm://deit_tiny_patch16_224.fb_in1k",
-        parts=["norm1", "attn"],
-    )
+    init_cfg=[
+        *_base_.model.init_cfg,  # noqa: F821
+        dict(
+            type="PretrainedParts",
+            checkpoint="timm://deit_tiny_patch16_224.fb_in1k",
+            parts=["norm1", "attn"],
+        ),
+    ]
 )

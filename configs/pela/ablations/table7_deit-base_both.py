@@ -1,0 +1,4 @@
+# Table 7, both losses.
+_base_ = "../pela-distiller_deit-base_imagenet.py"
+
+model = dict(perturbation_loss=dict(_delete_=True, type="WeightPerturbationLoss", loss_weight=1.0, eps=0.0))
