@@ -1,6 +1,7 @@
-"""Serve a web page on this machine that detects objects in a picture."""
+"""Serve a web page and an HTTP API on this machine that detect objects in pictures."""
 
 import argparse
+import os
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda:N, mps or xpu (default: a GPU if there is one)")
     parser.add_argument(
-        "--score-thr", type=float, default=0.3, metavar="S", help="initial value of the slider (default: %(default)s)"
+        "--score-thr",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="lowest score: where the slider starts, and the API's if a request has none (default: %(default)s)",
     )
     parser.add_argument(
         "--max-megabytes", type=float, default=10, metavar="MB", help="largest picture accepted (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-pictures", type=int, default=8, metavar="N", help="most in a request to the API (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queue",
+        type=int,
+        default=16,
+        metavar="N",
+        help="requests to the API that may wait while one is answered; others are refused (default: %(default)s)",
     )
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="settings that override the config"
@@ -34,6 +49,8 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports that take seconds
+    # OpenCV reads it when it is imported. As pictures.MAX_PIXELS, for files that show Pillow another size.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")
 
 from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
@@ -53,6 +70,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--score-thr {args.score_thr}: must be from 0 to 1")
     if args.max_megabytes <= 0:
         raise UserError(f"--max-megabytes {args.max_megabytes}: must be above 0")
+    if args.max_pictures < 1:
+        raise UserError(f"--max-pictures {args.max_pictures}: must be 1 or more")
+    if args.queue < 0:
+        raise UserError(f"--queue {args.queue}: must be 0 or more")
     if not 1 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: must be from 1 to 65535")
     try:
@@ -81,11 +102,14 @@ def main() -> None:
 
     import uvicorn
 
+    from mmdet_lors.inference.api import Limits
     from mmdet_lors.inference.web import make_app
 
+    limits = Limits(round(args.max_megabytes * 10**6), args.max_pictures, args.queue)
     title = f"{Path(args.config).stem}, {Path(args.checkpoint).name}"
-    app = make_app(inferencer, title, example_of(cfg), round(args.max_megabytes * 10**6), args.score_thr)
-    print(f"open http://{args.host}:{args.port}, stop with Ctrl+C", flush=True)
+    app = make_app(inferencer, title, example_of(cfg), limits, args.score_thr)
+    address = f"http://{args.host}:{args.port}"
+    print(f"open {address}, or post pictures to {address}/detect; stop with Ctrl+C", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
 
 

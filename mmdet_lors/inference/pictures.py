@@ -28,6 +28,8 @@ EIGHT_BITS = (b"\xff\xd8", b"BM", b"RIFF", b"GIF8")
 PNG = b"\x89PNG\r\n\x1a\n"
 FULL_16_BITS = 1 << 15
 XMP = ("xmp", "XML:com.adobe.xmp")
+MAX_PIXELS = 40_000_000
+"""Most pixels of a file that another person sends: a small file may unpack to a huge picture."""
 
 _pillow = Lock()
 """Pillow reads a file's pixels when they are first needed; two threads must not do so at once."""
@@ -62,6 +64,24 @@ def name_of(source: Any) -> str:
     if isinstance(source, bytes | bytearray | memoryview):
         return f"image file in memory ({len(source)} bytes)"
     return f"input of type {type(source).__name__}"
+
+
+def check_pixels(content: bytes, name: str) -> None:
+    """Look at the header of an image file that another person sent, before it is decoded.
+
+    Raises:
+        UserError: the file is not an image, or has too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as header:
+            width, height = header.size
+        too_large = width * height > MAX_PIXELS
+    except Image.DecompressionBombError:
+        too_large = True
+    except Exception as error:  # decoders raise whatever they like on broken files
+        raise UserError(f"{name} cannot be read as an image") from error
+    if too_large:
+        raise UserError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from PIL import Image
 
 from mmdet_lors.errors import UserError
 
+from .api import Limits, add_api
 from .inferencer import Inferencer
-from .pictures import Reader, name_of
+from .pictures import Reader, check_pixels, name_of
 from .results import boxes
 
-MAX_PIXELS = 40_000_000
-"""Most pixels of a picture: a small file may unpack to a huge one."""
 SHOWN_SIDE = 1600
 """Longer side, in pixels, of what is sent to the browser."""
 COLUMNS = [
@@ -41,16 +40,7 @@ def read_picture(data: bytes, name: str, reader: Reader) -> np.ndarray:
     Raises:
         UserError: the file is not an image, or has too many pixels.
     """
-    try:
-        with Image.open(BytesIO(data)) as header:
-            width, height = header.size
-        too_large = width * height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        too_large = True
-    except Exception as error:  # decoders raise whatever they like on broken files
-        raise UserError(f"{name} cannot be read as an image") from error
-    if too_large:
-        raise UserError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels")
+    check_pixels(data, name)
     try:
         return reader.colours(data)
     except UserError as error:
@@ -197,22 +187,23 @@ class Page:
 
 
 def make_app(
-    inferencer: Inferencer, title: str, example: Path | None, max_bytes: int, score_thr: float = 0.3
+    inferencer: Inferencer, title: str, example: Path | None, limits: Limits, score_thr: float = 0.3
 ) -> FastAPI:
-    """The web application; it loads nothing from elsewhere. One per process: NiceGUI's pages are global.
+    """The page and the API; it loads nothing from elsewhere. One per process: NiceGUI's pages are global.
 
     Args:
         inferencer: the detector, which visitors share.
         title: what the page shows as its model.
         example: an image to try, or None.
-        max_bytes: largest file that is accepted.
-        score_thr: where the slider starts.
+        limits: what is accepted.
+        score_thr: where the slider starts, and the API's lowest score.
     """
 
     @ui.page("/")
     def page() -> None:
-        Page(inferencer, title, example, max_bytes, score_thr)
+        Page(inferencer, title, example, limits.max_bytes, score_thr)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    add_api(app, inferencer, limits, score_thr)
     ui.run_with(app, title="mmdet_lors", favicon="🔍", show_welcome_message=False)
     return app
