@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -32,9 +33,6 @@ from statistics import quantiles
 
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
-
-WARM_UP = 1 / 6
-"""The part of the time after which memory is expected to be flat."""
 
 
 def check(args: argparse.Namespace) -> None:
@@ -67,11 +65,11 @@ def resident(pid: int) -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1000
 
 
-def ask(args: argparse.Namespace, first: int, end: float) -> list[tuple[float, str]]:
-    """Send requests until the end.
+def ask(args: argparse.Namespace, images: Iterator[tuple[str, bytes]], end: float) -> list[tuple[float, str]]:
+    """Send a request, and others until the end.
 
     Args:
-        first: where among the images this client begins.
+        images: names and contents, without end.
 
     Returns:
         Per request the seconds that it took, and its outcome.
@@ -79,12 +77,10 @@ def ask(args: argparse.Namespace, first: int, end: float) -> list[tuple[float, s
     import httpx
 
     outcomes = []
-    images = cycle([(path.name, path.read_bytes()) for path in args.images])
-    images = islice(images, first % len(args.images), None)
     with httpx.Client(timeout=60, trust_env=False) as client:  # not through a proxy
-        while time.monotonic() < end:
-            files = [("image", image) for image in islice(images, args.pictures)]
+        while not outcomes or time.monotonic() < end:
             begin = time.monotonic()
+            files = [("image", image) for image in islice(images, args.pictures)]
             try:
                 response = client.post(args.url, files=files)
                 outcome = outcome_of(response.status_code, response.text)
@@ -104,38 +100,51 @@ def outcome_of(status: int, text: str) -> str:
     return f"{'refused' if refused else 'failed'}: {status} {' '.join(text.split())[:200]}"
 
 
-def main() -> None:
-    """Let the clients ask, watch the server's memory meanwhile, and print what came of it."""
-    args = parse_args()
-    check(args)
-    memory = []
-    begin = time.monotonic()
-    with ThreadPoolExecutor(args.clients) as clients:
-        asked = [clients.submit(ask, args, i, begin + args.seconds) for i in range(args.clients)]
-        while not all(client.done() for client in asked):
-            time.sleep(min(1, args.seconds / 12))
-            if args.pid is not None:
-                memory.append(resident(args.pid))
-    outcomes = [outcome for client in asked for outcome in client.result()]
+def report(args: argparse.Namespace, outcomes: list[tuple[float, str]], memory: list[float]) -> None:
+    """Print what came of the requests, and the server's memory in MB over time.
 
+    Raises:
+        UserError: a request has failed.
+    """
     counts = Counter(outcome for _, outcome in outcomes)
     kinds = Counter(outcome.partition(":")[0] for _, outcome in outcomes)
-    print(f"{args.clients} clients, {args.seconds:g} s: {len(outcomes)} requests, {kinds['answered']} answered, "
-          f"{kinds['refused']} refused, {kinds['failed']} failed")  # fmt: skip
-    seconds = sorted(second for second, outcome in outcomes if outcome == "answered")
+    print(
+        f"{args.clients} clients, {args.seconds:g} s: {len(outcomes)} requests, {kinds['answered']} answered, "
+        f"{kinds['refused']} refused, {kinds['failed']} failed"
+    )
+    seconds = [second for second, outcome in outcomes if outcome == "answered"]
     if len(seconds) > 1:
         parts = quantiles(seconds, n=20)
-        print(f"answered in {parts[9]:.3f} s (median), {parts[18]:.3f} s (95th percentile); "
-              f"{len(seconds) * args.pictures / args.seconds:.1f} pictures/s")  # fmt: skip
+        speed = len(seconds) * args.pictures / args.seconds
+        print(f"answered in {parts[9]:.3f} s (median), {parts[18]:.3f} s (95%); {speed:.1f} pictures/s")
     for outcome, count in counts.most_common():
         if outcome != "answered":
             print(f"{count} {outcome}")
     if memory:
-        warm = memory[int(len(memory) * WARM_UP) :]
-        print(f"resident memory: {memory[0]:.1f} MB at the beginning, {warm[0]:.1f} MB after a sixth of the time, then "
-              f"at most {max(warm):.1f} MB; {warm[-1]:.1f} MB at the end")  # fmt: skip
+        warm = memory[len(memory) // 6 :]
+        print(
+            f"resident memory: {memory[0]:.1f} MB, after a sixth of the time {warm[0]:.1f} MB, from then on at most "
+            f"{max(warm):.1f} MB, at the end {warm[-1]:.1f} MB"
+        )
     if kinds["failed"]:
         raise UserError(f"{kinds['failed']} of {len(outcomes)} requests failed")
+
+
+def main() -> None:
+    """Let the clients ask, and watch the server's memory meanwhile."""
+    args = parse_args()
+    check(args)
+    images = [(path.name, path.read_bytes()) for path in args.images]
+    memory = []
+    end = time.monotonic() + args.seconds
+    with ThreadPoolExecutor(args.clients) as clients:
+        turns = [islice(cycle(images), i % len(images), None) for i in range(args.clients)]
+        asked = [clients.submit(ask, args, turn, end) for turn in turns]
+        while not all(client.done() for client in asked):
+            if args.pid is not None:
+                memory.append(resident(args.pid))
+            time.sleep(min(1, args.seconds / 12))
+    report(args, [outcome for client in asked for outcome in client.result()], memory)
 
 
 if __name__ == "__main__":
