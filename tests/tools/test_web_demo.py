@@ -170,6 +170,8 @@ def test_without_nicegui_it_says_what_to_install(monkeypatch, capsys):
     [
         (["--port", "70000"], "--port 70000: must be from 1 to 65535"),
         (["--max-megabytes", "0"], "--max-megabytes 0.0: must be above 0"),
+        (["--max-pictures", "0"], "--max-pictures 0: must be 1 or more"),
+        (["--queue", "-1"], "--queue -1: must be 0 or more"),
         (["--score-thr", "2"], "--score-thr 2.0: must be from 0 to 1"),
         (["--host", "300.0.0.1"], "cannot listen on 300.0.0.1:"),
         ([], "checkpoint none.pth does not exist"),
