@@ -17,7 +17,6 @@ import time
 import zlib
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from conftest import LORS_DIGITS, ROOT, free_port, load_tool, refused, write_random_lors
@@ -26,6 +25,8 @@ from PIL import Image
 from mmdet_lors.inference import Inferencer
 from mmdet_lors.inference.pictures import MAX_PIXELS
 from mmdet_lors.inference.results import boxes
+
+httpx = pytest.importorskip("httpx", reason="the API is tested with httpx: not here")
 
 CONFIG = str(ROOT / LORS_DIGITS)
 LOAD_TEST = "analysis_tools/load_test.py"
@@ -317,6 +318,7 @@ def test_who_goes_away_leaves_a_place(server, pictures):
     server.waits_for(0)
 
 
+@needs_server
 def test_a_body_that_does_not_arrive_loses_its_place(monkeypatch):
     from fastapi import FastAPI
 
