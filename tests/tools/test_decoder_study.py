@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import load_tool, refused
+from conftest import ROOT, load_tool, refused
 from mmengine.structures import InstanceData
 
 TOOL = "studies/decoder_study.py"
@@ -216,3 +216,12 @@ def test_a_run_that_diverges_is_a_result(part, monkeypatch, tmp_path):
     runs, plain = part("runs"), part("rows").ROWS[0]
     monkeypatch.setattr(runs, "Features", lambda *_: (_ for _ in ()).throw(FloatingPointError("loss is nan\nmore")))
     assert runs.one_run(runs.Bench(), plain, 0, tmp_path)["failed"] == "FloatingPointError: loss is nan"
+
+
+def test_the_quickstarts_summary_names_the_studys_means():
+    summary = load_tool("analysis_tools/run_summary.py")
+    page = (ROOT / "docs/measured/decoder_study.md").read_text()
+    found = summary.decoder_study()
+    for row in ("plain", "LORS"):
+        cells = next(line for line in page.splitlines() if line.startswith(f"| {row} |")).split(" | ")
+        assert f"{row} {cells[3].split()[0]} ({cells[4]} runs)" in found

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 
 from rich.console import Console
 from rich.table import Table
@@ -24,8 +25,19 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
+from mmdet_lors.analysis.study import ROOT
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
+
+STUDY = ROOT / "docs/measured/decoder_study.json"
+
+
+def decoder_study() -> str:
+    """The mean AP of LORS and of plain in the decoder study, whose models are others than the run's."""
+    rows = json.loads(STUDY.read_text())["rows"]
+    runs = {name: [run["ap"] for run in rows[name]["runs"] if "ap" in run] for name in ("LORS", "plain")}
+    found = ", ".join(f"{name} {mean(aps):.3f} ({len(aps)} runs)" for name, aps in runs.items())
+    return f"{found}; AP of larger decoders on frozen features, docs/measured/decoder_study.md"
 
 
 def decoder_parameters(cfg: Config, lors: dict | None) -> int:
@@ -58,6 +70,8 @@ def main() -> None:
     plain, lors = decoder_parameters(cfg, None), decoder_parameters(cfg, cfg.model.decoder.get("lors"))
     table.add_row("decoder parameters", f"{lors:,} ({lors / plain:.0%} of plain AdaMixer's)")
     table.add_row("plain AdaMixer, same shape", f"{plain:,}")
+    if "digits" in str(cfg.train_dataloader) and STUDY.is_file():
+        table.add_row("LORS beside plain, decoder study", decoder_study())
     table.add_row("pictures", f"{len(pictures)} in {folders[-1]}" if pictures else "none")
     Console().print(table)
 
