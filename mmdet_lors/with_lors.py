@@ -42,7 +42,7 @@ def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
     built = MODELS.build(deepcopy(model))
     for i, stack in enumerate(stacks):
         settings = dict(stack)
-        layers = _layers(f"stacks[{i}]", built, settings.pop("layers"))
+        layers = layers_of(f"stacks[{i}].layers", built, settings.pop("layers"))
         try:
             report = share_stack(layers, **settings)
         except ValueError as error:
@@ -76,13 +76,22 @@ def _check_fields(where: str, stack: Any) -> None:
             raise UserError(f"{where}.{field} is missing")
 
 
-def _layers(where: str, model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
-    """The layers that a config names."""
-    found = [_submodule(f"{where}.layers", model, name) for name in ([names] if isinstance(names, str) else names)]
+def layers_of(field: str, model: nn.Module, names: str | Sequence[str]) -> list[nn.Module]:
+    """The layers of a model that a config or a command line names.
+
+    Args:
+        field: how that calls them, for messages.
+        model: has them.
+        names: the dotted name of an ``nn.ModuleList`` or ``nn.Sequential``, or a list of names of layers.
+
+    Raises:
+        UserError: there is nothing of such a name, or it is no list of layers.
+    """
+    found = [_submodule(field, model, name) for name in ([names] if isinstance(names, str) else names)]
     if not isinstance(names, str):
         return found
     if not isinstance(found[0], nn.ModuleList | nn.Sequential):
-        raise UserError(f"{where}.layers {names!r} is a {type(found[0]).__name__}, not an nn.ModuleList of layers")
+        raise UserError(f"{field} {names!r} is a {type(found[0]).__name__}, not an nn.ModuleList of layers")
     return list(found[0])
 
 

@@ -41,6 +41,7 @@ TOOLS = {
     "deployment/export_onnx.py": ["{lors}", "{evil}", "{out}.onnx", "--size", "96x96"],
     "analysis_tools/benchmark_pela.py": ["--model", "vit_tiny_patch16_224", "--checkpoint", "{evil}"],
     "analysis_tools/early_exit.py": ["{lors}", "{evil}"],
+    "analysis_tools/show_features.py": ["{lors}", "{evil}", "--out", "{out}.png"],
     "analysis_tools/show_lors.py": ["{lors}", "{evil}", "--out", "{out}.png"],
     "analysis_tools/show_sampling.py": ["{image}", "{lors}", "{evil}", "--out", "{out}.png"],
 }

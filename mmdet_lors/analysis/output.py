@@ -2,13 +2,35 @@
 
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from torch import Tensor
 
 from mmdet_lors.errors import UserError
 
 WIDTH = 130
 """Columns of a table that is written to a file or a pipe."""
+
+
+def heat_map(ax: Axes, values: Tensor) -> None:
+    """Draw similarities, (rows, columns) up to 1, as colours and numbers; NaN stays empty."""
+    shown = ax.imshow(values.numpy(), cmap="magma", vmin=min(0.0, values.nan_to_num(0).min().item()), vmax=1)
+    count = max(values.shape)
+    size = 9 if count <= 4 else 7 if count <= 8 else 5
+    for (i, j), value in np.ndenumerate(values.numpy()):
+        if not np.isnan(value):
+            colour = "black" if value > 0.6 else "white"
+            ax.text(j, i, two_digits(value), ha="center", va="center", fontsize=size, color=colour)
+    ax.set_yticks(range(values.shape[0]))
+    ax.set_xticks(range(values.shape[1]))
+    ax.figure.colorbar(shown, ax=ax, shrink=0.9)
+
+
+def two_digits(value: float) -> str:
+    """The number with two digits after the point, and no minus before a zero."""
+    return f"{round(float(value), 2) + 0:.2f}"
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 100) -> None:

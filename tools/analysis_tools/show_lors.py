@@ -44,7 +44,7 @@ from matplotlib.ticker import MaxNLocator
 from shared_weights import SharedWeightReport, reports
 
 from mmdet_lors.analysis.arguments import check_writable
-from mmdet_lors.analysis.output import console, save_figure
+from mmdet_lors.analysis.output import console, heat_map, save_figure
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
 from mmdet_lors.engine.launch import load_config, run
@@ -146,20 +146,8 @@ def _stage_colours(count: int) -> list[tuple]:
 
 
 def _similarity(ax: Axes, report: SharedWeightReport) -> None:
-    similarity = report.similarity
-    count = len(similarity)
-    shown = ax.imshow(similarity, cmap="magma", vmin=min(0.0, similarity.nan_to_num(0).min().item()), vmax=1)
-    size = 9 if count <= 4 else 7 if count <= 8 else 5
-    for i in range(count):
-        for j in range(count):
-            value = similarity[i, j].item()
-            ax.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color="black" if value > 0.6 else "white"
-            )
-    ax.set_xticks(range(count))
-    ax.set_yticks(range(count))
+    heat_map(ax, report.similarity)
     ax.set_xlabel(f"{report.unit}: cosine of the whole weights", fontsize=9)
-    ax.figure.colorbar(shown, ax=ax, shrink=0.9)
 
 
 def main() -> None:
