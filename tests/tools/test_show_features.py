@@ -48,9 +48,9 @@ def test_cka_of_rotated_scaled_and_moved_features_is_1():
 def test_features_without_anything_in_common():
     """Centred columns that are orthogonal, and features that are constant: 0, and no NaN."""
     a, b = torch.tensor([1.0, 1, -1, -1]), torch.tensor([1.0, -1, 1, -1])
-    x, y = (torch.stack([column, 2 * column], dim=1)[None] for column in (a, b))
-    constant = torch.full((1, 4, 2), 0.1)
-    found = similarity(x, y, constant, torch.zeros(1, 4, 2))
+    x, y = (torch.stack([column, 2 * column], dim=1).expand(7, 4, 2) for column in (a, b))
+    constant = torch.full((7, 4, 2), 3.3).double()  # whose sums are not exact
+    found = similarity(x, y, constant, torch.zeros(7, 4, 2))
     expected = torch.zeros(4, 4).double()
     expected[0, 0] = expected[1, 1] = 1
     assert torch.allclose(found.cka(), expected, atol=1e-12)
@@ -134,6 +134,15 @@ def test_detector_over_a_folder(tmp_path, tiny_digits, call_tool, capsys):
     assert is_picture(out)
 
 
+def test_mlps_get_groups_where_tokens_differ():
+    tool = load_tool(TOOL)
+    apart, equal = torch.eye(2)[None], torch.ones(1, 2, 2)
+    found = tool.Found(["0", "1", "out"], similarity(apart, equal, equal), ClassSimilarity(), [])
+    budgets = {"attn.*": 6, "adaptive": 3, "mlp.*": 6, "ffn.0": 3}
+    expected = {"attn.*": [1, 5], "adaptive": [1, 2], "mlp.*": [5, 1], "ffn.0": [2, 1]}
+    assert tool.suggestions(found, budgets) == expected
+
+
 def groups_in(printed: str, what: str) -> list[int]:
     """The suggested groups."""
     return [int(k) for k in printed.split(f"{what} groups=[")[1].split("]")[0].split(",")]
@@ -152,6 +161,7 @@ def test_vision_transformer_over_its_data_set(tmp_path, call_tool, capsys):
 
 def test_queries_of_a_detr_have_classes(tmp_path, tiny_digits, call_tool, capsys):
     model = MODELS.build(load_config_of(DINO))
+    model.init_weights()
     torch.save(dict(state_dict=model.state_dict()), tmp_path / "model.pth")
     arguments = (DINO, tmp_path / "model.pth", "--images", tiny_digits / "val", "--number", 2, "--score-thr", 0)
     call_tool(TOOL, *arguments, "--total", 7, "--out", tmp_path / "out.png")

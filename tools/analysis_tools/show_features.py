@@ -1,7 +1,7 @@
 """How alike the features are that enter the layers of a stack, and which K per layer this suggests for LORS.
 
-A stack is AdaMixer's decoder, the decoder of one of mmdet's DETRs, or the blocks of a vision transformer; its tokens are
-queries or patches. Any other is found by --layers, if its layers take (images, tokens, channels) first. Four things are
+A stack is AdaMixer's decoder, the decoder of one of mmdet's DETRs, or the blocks of a vision transformer; its tokens
+are queries or patches. --layers names another, whose layers take tensors of (images, tokens, channels). Four things are
 measured at the input of every layer, and at the output of the last ("out"):
 
 - CKA: linear centred kernel alignment with every other place, over all tokens of all images. 1: the same features, but
@@ -280,9 +280,9 @@ def _groups(ax: Axes, found: Found, groups: dict[str, list[int]]) -> None:
     width = 0.8 / len(groups)
     for i, (what, ks) in enumerate(groups.items()):
         where = [layer + (i + 0.5) * width - 0.4 for layer in range(len(ks))]
-        bars.bar(where, ks, width, color=f"C{i}", alpha=0.4, label=f"K suggested: {what}")
-    bars.yaxis.get_major_locator().set_params(integer=True)
-    bars.tick_params(axis="y", direction="in", pad=-14)
+        drawn = bars.bar(where, ks, width, color=f"C{i}", alpha=0.4, label=f"K suggested: {what}")
+        bars.bar_label(drawn, fontsize=9)
+    bars.set_yticks([])
     bars.legend(fontsize=8, loc="upper left")
     ax.plot(found.tokens.within_images().numpy(), "o-", c="black")
     ax.set_zorder(bars.get_zorder() + 1)
