@@ -75,6 +75,7 @@ RELEASED = (
 model.update(perturbation_loss=None)
 model["teacher"]["random_erasing"] = dict(probability=0.25, mode="pixel")
 train_dataloader["sampler"] = dict(type="RepeatedAugmentation")
+optim_wrapper = dict(paramwise_cfg=dict(flat_decay_mult=0.0))
 default_hooks["average"] = dict(type="EMAHook", momentum=0.1)
 """
 )

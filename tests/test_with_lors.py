@@ -153,7 +153,7 @@ def test_a_copy_initialises_itself():
     assert [type(m) for m in copied.modules()] == [type(m) for m in Stack().modules()]
 
 
-@pytest.mark.parametrize("init", ["paper", "trained"])
+@pytest.mark.parametrize("init", ["first", "paper", "trained"])
 def test_builds_without_weights_and_twice(init):
     """As the tools do, to check a config: what is in the parameters is whatever the allocator gives."""
     cfg = config(init=init)
@@ -209,7 +209,10 @@ def test_layers_can_be_named_one_by_one():
             [dict(layers="blocks", targets="0", rank=25)],
             "stacks[0].rank: layer 0's 0.weight has rank 25 x 1 groups = 25",
         ),
-        ([dict(layers="blocks", targets="0", init="svd")], "stacks[0].init must be one of paper, trained, got 'svd'"),
+        (
+            [dict(layers="blocks", targets="0", init="svd")],
+            "stacks[0].init must be one of first, paper, trained, got 'svd'",
+        ),
         (
             [dict(layers="blocks", targets="0"), dict(layers="blocks", targets="*")],
             "stacks[1].targets: layer 0's 0.weight is shared already",

@@ -54,9 +54,9 @@ def test_formats(trained, checkpoint, tmp_path):
         assert all(torch.equal(found[key], weight) for key, weight in trained.state_dict().items())
 
 
-@pytest.mark.parametrize("init", ["paper", "trained"])
+@pytest.mark.parametrize("init", ["first", "trained"])
 def test_lorst_starts_from_the_loaded_weights(init, trained, checkpoint):
-    """At full rank 'trained' is the plain model; 'paper' is its first layer in all layers."""
+    """At full rank 'trained' is the plain model; 'first' is its first layer in all layers."""
     inner = dict(type="TimmClassifier", network=NETWORK, num_classes=10, data_preprocessor=PREPROCESSOR)
     inner["init_cfg"] = init_cfg(checkpoint, ATTENTION + FFN)
     stack = dict(layers="network.blocks", targets=["attn.*", "mlp.*"], rank=16, groups=1, init=init)

@@ -51,6 +51,16 @@ def test_it_prints_what_the_page_says(page):
     assert [page.printed[1]] == blocks("text")
 
 
+def test_the_step_has_the_releases_weights_and_rates(page):
+    assert (page.feature_loss.loss_weight, page.feature_loss.reading) == (0.1, "code")
+    assert (page.perturbation_loss.eps, page.perturbation_loss.reading) == (1e-3, "code")
+    (group,) = page.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], page.scheduler.eta_min) == (1e-4, 0.02, 1e-5)
+    whole = {name: m.out_features for name, m in page.student.named_modules() if type(m) is torch.nn.Linear}
+    assert {name for name, outputs in whole.items() if outputs >= 10} == {"text.cls.predictions.decoder"}
+    assert "itm_head" in whole
+
+
 def test_a_third_is_the_papers(page):
     """At full size: every Linear at a third, and the paper's totals, which count a momentum copy."""
     found = re.findall(r"^(\w+), with copy +([\d.]+) M -> +([\d.]+) M", page.printed[1], re.M)

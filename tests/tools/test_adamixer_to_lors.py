@@ -7,8 +7,9 @@ import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_lors
 from mmdet.registry import MODELS
 
+from mmdet_lors.analysis.complexity import build_on_meta
 from mmdet_lors.conversion.folding import folded_state_dict
-from mmdet_lors.conversion.warm_start import start_from_plain_
+from mmdet_lors.conversion.warm_start import WEIGHTS, start_from_plain_
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint
 from mmdet_lors.errors import UserError
 
@@ -53,6 +54,21 @@ def test_a_folded_lors_detector_comes_back(lors):
         for output, expected in zip(ours._forward(images), true._forward(images), strict=True):
             assert torch.allclose(output.cls_score, expected.cls_score, atol=1e-3)
             assert torch.allclose(output.bboxes, expected.bboxes, atol=1e-2)
+
+
+def test_published_adamixers_have_a_config_to_start():
+    """At full size, 4 groups of 32 points: everything finds its place, and errors are those of the folded weights."""
+    plain = build_on_meta(load_config("configs/adamixer/adamixer_r50_100-queries_1x_coco.py").model).state_dict()
+    weights = {key: torch.randn(value.shape).mul_(0.02) for key, value in plain.items()}
+    cfg = load_config("configs/lors/adamixer-lors_r50_100-queries_4x32_1x_coco.py")
+    model = MODELS.build(cfg.model)
+    errors = start_from_plain_(model, weights, turns=1)
+    assert len(errors) == 18 and all(error.fitted < error.mean < 1 for error in errors.values())
+    folded = folded_state_dict(model)
+    assert {key: value.shape for key, value in folded.items()} == {key: value.shape for key, value in plain.items()}
+    name = "decoder.stages.2.mixing.out_proj.weight"
+    rest = (folded[name] - weights[name]).norm() / weights[name].norm()
+    assert rest.item() == pytest.approx(errors[2, WEIGHTS[2]].fitted, rel=1e-3)
 
 
 def test_writes_a_checkpoint_that_fits_and_copies_the_rest(tmp_path, monkeypatch, root, capsys):
