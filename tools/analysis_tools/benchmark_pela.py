@@ -238,11 +238,11 @@ def print_training(result: dict) -> None:
         total = [a + b for a, b in zip(total, sizes, strict=True)]
         grid.add_row(f"{label}, GB", *(f"{b / 1e9:.3f}" for b in sizes), f"{sizes[1] / sizes[0]:.3f}")
     grid.add_row("both, GB", *(f"{b / 1e9:.3f}" for b in total), f"{total[1] / total[0]:.3f}")
-    grid.caption = (
+    out.print(grid)
+    out.print(
         "weights: with gradients and AdamW's state; activations: what autograd keeps. As much memory as the original "
         f"at batch {result['batch']} is enough for batch {result['largest_batch']} of the compressed."
     )
-    out.print(grid)
 
 
 def print_report(result: dict) -> None:
