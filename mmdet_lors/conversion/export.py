@@ -1,5 +1,6 @@
 """The detector as a function from a tensor to tensors, which is what exporters trace and servers call."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,17 @@ from mmdet.models.backbones.swin import ShiftWindowMSA
 from torch import Tensor, nn
 
 from mmdet_lors.adamixer import QueryBased
+from mmdet_lors.errors import UserError
+
+
+def check_installed(*packages: str) -> None:
+    """Refuse to begin without packages of the extra "export".
+
+    Raises:
+        UserError: names those that are missing.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(f"missing: {', '.join(missing)}; install what exporting needs: pip install mmdet_lors[export]")
 
 
 @contextmanager

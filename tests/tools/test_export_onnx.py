@@ -3,6 +3,7 @@
 import math
 import shutil
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -97,19 +98,55 @@ def test_only_a_dynamic_size_takes_other_sizes(exported):
         check(folder / "lors.onnx", trained, (160, 224), 2)
 
 
-def test_swin_takes_any_batch(tmp_path, call_tool, root, capsys):
+SWIN = """type="SwinTransformer", embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), out_indices=(0, 1, 2)"""
+VIT = """type="ViTPyramid", model_name="vit_tiny_patch16_224", vit=dict(depth=1, embed_dim=32, num_heads=2)"""
+PELA = """type="PELABackbone", ratio=1.5, omit=["norm", "patch_embed"]"""
+
+
+@pytest.fixture
+def export_with(tmp_path, call_tool, root):
+    """Exports LORS with another backbone, one stage and random weights to out.onnx; the tool itself compares it."""
+
+    def export(backbone, channels, *options):
+        config = tmp_path / "config.py"
+        config.write_text(f"""_base_ = "{root / LORS_DIGITS}"
+decoder = dict(num_stages=1, featmap_strides={[4, 8, 16, 32][: len(channels)]},
+               lors=dict(adaptive=dict(groups=[1]), static=dict(groups=1)))
+model = dict(backbone=dict(_delete_=True, {backbone}), neck=dict(in_channels={channels}), decoder=decoder)""")
+        model = spread_out(random_lors(Config.fromfile(config).model))
+        torch.save(dict(state_dict=model.state_dict()), tmp_path / "lors.pth")
+        call_tool(TOOL, config, tmp_path / "lors.pth", tmp_path / "out.onnx", "--size", "96x64", *options)
+        return onnx.load(tmp_path / "out.onnx").graph
+
+    return export
+
+
+def types_of_weights(graph):
+    """Type -> how many numbers the initialisers of that type have."""
+    found = Counter()
+    for weight in graph.initializer:
+        found[onnx.TensorProto.DataType.Name(weight.data_type)] += math.prod(weight.dims)
+    return found
+
+
+def test_swin_takes_any_batch(export_with, capsys):
     """mmdet's own code makes the batch a constant; the tool itself compares batches 1 and 3 with PyTorch."""
-    config = tmp_path / "swin.py"
-    config.write_text(f"""_base_ = "{root / LORS_DIGITS}"
-backbone = dict(_delete_=True, type="SwinTransformer", embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8),
-                out_indices=(0, 1, 2))
-model = dict(backbone=backbone, neck=dict(in_channels=[16, 32, 64]))""")
-    torch.save(
-        dict(state_dict=spread_out(random_lors(Config.fromfile(config).model)).state_dict()), tmp_path / "swin.pth"
-    )
-    call_tool(TOOL, config, tmp_path / "swin.pth", tmp_path / "swin.onnx", "--size", "96x64", "--factored")
-    assert (tmp_path / "swin.onnx").is_file() and "at batch 3" in capsys.readouterr().out
+    export_with(SWIN, [16, 32, 64], "--factored")
+    assert "at batch 3" in capsys.readouterr().out
     assert ShiftWindowMSA.window_reverse.__module__.startswith("mmdet.")
+
+
+def test_vit_pyramid_in_half_precision(export_with):
+    weights = types_of_weights(export_with(VIT, [8, 16, 32, 32], "--precision", "fp16", "--fixed-batch", "2"))
+    assert weights["FLOAT16"] > 10 * weights["FLOAT"]
+
+
+def test_pela_with_int8_weights(export_with, tiny_digits, capsys):
+    backbone = f"{PELA}, backbone=dict({VIT})"
+    options = ["--precision", "int8", "--calibration", tiny_digits / "val"]
+    weights = types_of_weights(export_with(backbone, [8, 16, 32, 32], *options))
+    assert weights["INT8"] > 10 * weights["FLOAT"]
+    assert "held to no limit" in capsys.readouterr().out
 
 
 def test_factored_file_is_as_small_as_the_checkpoint(exported):

@@ -9,16 +9,16 @@ the file, which is then as small as the checkpoint's weights. The file maps
   labels  int64   (B, k)         k = test_cfg.max_per_img; over queries x classes, no NMS
 
 Every image is taken to fill the whole input: resize it to W x H. The batch is dynamic, the size only with
---dynamic-size.
+--dynamic-size. With --precision fp16, convolutions and products compute in float16, the arithmetic of boxes does not;
+with int8 their weights and inputs are int8.
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 import warnings
 from copy import deepcopy
-from itertools import product
+from itertools import cycle, islice, product
 from pathlib import Path
 
 OPSET = 18
@@ -49,6 +49,12 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="keep LORS's A, B, E and shared weights; onnxruntime folds them on opening",
     )
+    parser.add_argument(
+        "--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="of weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FOLDER", help="with int8: pictures that show which ranges its inputs have"
+    )
     parser.add_argument("--opset", type=int, default=OPSET, help="version of ONNX's operators (default: %(default)s)")
     return parser.parse_args()
 
@@ -56,24 +62,26 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports that take seconds
 
+import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor
 
 from mmdet_lors.analysis.arguments import check_writable, width_and_height
-from mmdet_lors.conversion.export import TensorDetector, any_batch
+from mmdet_lors.conversion.export import TensorDetector, any_batch, check_installed
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
+from mmdet_lors.conversion.onnx_precision import picture, to_fp16, to_int8
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError, first_line
+from mmdet_lors.inference.sources import images_in
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 STRIDE = 32
 """Both sides of the input must be multiples of this, the largest stride of a backbone."""
 OUTPUTS = ["boxes", "scores", "labels"]
-TOLERANCE = 1e-3
-"""Largest difference of scores, and of boxes as a share of the input's longer side."""
+TOLERANCES = dict(fp32=1e-3, fp16=1e-2, int8=1e30)
+"""Largest difference of scores, and of boxes as a share of the input's longer side; any that is finite for int8."""
 
 
 def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector, TensorDetector]:
@@ -145,8 +153,34 @@ def export(
     program.save(path, external_data=False)
 
 
-def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) -> tuple[float, float]:
-    """Run a file in onnxruntime on random images and compare it with PyTorch.
+def convert(path: Path, precision: str, pictures: list[str], size: tuple[int, int], batch: int) -> None:
+    """Rewrite a file of float32 in another precision.
+
+    Raises:
+        UserError: onnxruntime cannot do it, or a picture cannot be read.
+    """
+    try:
+        if precision == "fp16":
+            to_fp16(path)
+        elif precision == "int8":
+            to_int8(path, (picture(p, size).repeat(batch, axis=0) for p in pictures))
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime's errors have no common class of their own
+        raise UserError(
+            f"--precision {precision}: onnxruntime cannot convert this model: {first_line(error)}"
+        ) from error
+
+
+def inputs(batch: int, size: tuple[int, int], pictures: list[str]) -> Tensor:
+    """Images to compare on, (B, 3, H, W): the first of the pictures, or noise if there are none."""
+    if pictures:
+        return torch.from_numpy(np.concatenate([picture(p, size) for p in islice(cycle(pictures), batch)]))
+    return torch.rand(batch, 3, *size[::-1], generator=torch.Generator().manual_seed(0)) * 255
+
+
+def check(path: Path, model: TensorDetector, images: Tensor, tolerance: float) -> tuple[float, float]:
+    """Run a file in onnxruntime and compare it with PyTorch.
 
     The scores must agree in order. A box may trade places with one of nearly the same score, so each is compared with
     all of PyTorch's boxes that have its label and score, over all queries.
@@ -159,8 +193,8 @@ def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) 
     """
     import onnxruntime
 
-    place = f"batch {batch} of {size[0]}x{size[1]}"
-    images = torch.rand(batch, 3, *size[::-1], generator=torch.Generator().manual_seed(0)) * 255
+    batch, _, height, width = images.shape
+    place = f"batch {batch} of {width}x{height}"
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(OUTPUTS, {"images": images.numpy()})
@@ -178,20 +212,21 @@ def check(path: Path, model: TensorDetector, size: tuple[int, int], batch: int) 
     if scores.shape != (batch, k):
         raise UserError(f"the export differs from PyTorch: scores of shape {tuple(scores.shape)} at {place}")
     by_score = (scores - expected[1][:, :k]).abs().max().item()
-    by_box = max(map(_box_difference, zip(boxes, scores, labels, strict=True), zip(*expected, strict=True)))
-    if not (by_score <= TOLERANCE and by_box <= TOLERANCE * max(size)):
+    detections = zip(zip(boxes, scores, labels, strict=True), zip(*expected, strict=True), strict=True)
+    by_box = max(_box_difference(*pair, tolerance) for pair in detections)
+    if not (by_score <= tolerance and by_box <= tolerance * max(width, height)):
         raise UserError(
             f"the export differs from PyTorch at {place}: scores by {by_score:.2g}, boxes by {by_box:.2g} pixels"
         )
     return by_score, by_box
 
 
-def _box_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def _box_difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> float:
     """Largest distance from a box of one image to the nearest one of its label and score; inf if there is none."""
     boxes, scores, labels = found
     all_boxes, all_scores, all_labels = expected
     distance = torch.cdist(boxes, all_boxes, p=torch.inf)
-    same = (labels[:, None] == all_labels) & ((scores[:, None] - all_scores).abs() <= TOLERANCE)
+    same = (labels[:, None] == all_labels) & ((scores[:, None] - all_scores).abs() <= tolerance)
     return distance.masked_fill(~same, torch.inf).amin(dim=1).max().item()
 
 
@@ -203,18 +238,25 @@ def main() -> None:
         raise UserError(f"--fixed-batch {args.fixed_batch} must be 1 or more")
     if args.opset < OPSET:
         raise UserError(f"--opset {args.opset} must be {OPSET} or more")
+    if args.precision == "int8" and args.factored:
+        raise UserError("--precision int8: LORS's factors cannot be int8; leave out --factored, or take fp16")
+    if (args.precision == "int8") != (args.calibration is not None):
+        raise UserError("--precision int8 needs --calibration FOLDER, and no other precision takes it")
     check_writable("OUT", args.out, (".onnx",))
-    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(f"missing: {', '.join(missing)}; install what exporting needs: pip install mmdet_lors[export]")
+    check_installed("onnx", "onnxscript", "onnxruntime")
+    pictures = images_in(args.calibration) if args.calibration else []
 
     trained, exported = build(read_config(args.config), args.checkpoint, args.factored)
     unfinished = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     try:
         export(exported, unfinished, size, args.dynamic_size, args.fixed_batch, args.opset)
+        convert(unfinished, args.precision, pictures, size, args.fixed_batch or 1)
         sizes = [size, size[::-1], (STRIDE, STRIDE)] if args.dynamic_size else [size]
         for batch, (w, h) in product([args.fixed_batch] if args.fixed_batch else [1, 3], sizes):
-            by_score, by_box = check(unfinished, trained, (w, h), batch)
-            found = f"scores within {by_score:.1e}, boxes within {by_box:.1e} pixels"
+            images = inputs(batch, (w, h), pictures)
+            by_score, by_box = check(unfinished, trained, images, TOLERANCES[args.precision])
+            found = f"scores within {by_score:.1e}"
+            found += ", held to no limit" if args.precision == "int8" else f", boxes within {by_box:.1e} pixels"
             print(f"onnxruntime at batch {batch} of {w}x{h}: {found}")
         unfinished.replace(args.out)
     except OSError as error:
