@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from mmdet.models.backbones.swin import ShiftWindowMSA
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from PIL import Image
 from torch import nn
 
 from mmdet_lors.conversion.export import TensorDetector
+from mmdet_lors.conversion.onnx_precision import picture, to_fp16
 from mmdet_lors.errors import UserError
+from mmdet_lors.inference.sources import images_in
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -92,10 +96,11 @@ def test_file_holds_the_folded_weights_of_every_stage(exported):
 
 def test_only_a_dynamic_size_takes_other_sizes(exported):
     model, folder = exported
-    check, trained = load_tool(TOOL).check, TensorDetector(model, load_config(LORS_DIGITS).model.data_preprocessor)
-    check(folder / "factored.onnx", trained, (160, 224), 2)
+    tool, trained = load_tool(TOOL), TensorDetector(model, load_config(LORS_DIGITS).model.data_preprocessor)
+    images = tool.inputs(2, (160, 224), [])
+    tool.check(folder / "factored.onnx", trained, images, 1e-3)
     with pytest.raises(UserError, match=r"onnxruntime cannot run the export at batch 2 of 160x224"):
-        check(folder / "lors.onnx", trained, (160, 224), 2)
+        tool.check(folder / "lors.onnx", trained, images, 1e-3)
 
 
 SWIN = """type="SwinTransformer", embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8), out_indices=(0, 1, 2)"""
@@ -129,10 +134,11 @@ def types_of_weights(graph):
     return found
 
 
-def test_swin_takes_any_batch(export_with, capsys):
-    """mmdet's own code makes the batch a constant; the tool itself compares batches 1 and 3 with PyTorch."""
-    export_with(SWIN, [16, 32, 64], "--factored")
-    assert "at batch 3" in capsys.readouterr().out
+def test_swin_takes_any_batch_and_size(export_with, capsys):
+    """mmdet's own code makes a constant of the batch, and of padding to whole windows, which 224 pixels do not need."""
+    export_with(SWIN, [16, 32, 64], "--factored", "--dynamic-size", "--size", "224x448")
+    out = capsys.readouterr().out
+    assert "at batch 3 of 224x448" in out and "at batch 3 of 32x32" in out
     assert ShiftWindowMSA.window_reverse.__module__.startswith("mmdet.")
 
 
@@ -158,20 +164,82 @@ def test_factored_file_is_as_small_as_the_checkpoint(exported):
     assert b"site-packages" not in path.read_bytes()
 
 
-def test_factored_file_is_the_folded_one_once_it_is_open(exported, tmp_path):
+def opened(path):
+    """The graph that onnxruntime makes of a file when it opens it."""
+    options = onnxruntime.SessionOptions()  # all others as a user has them
+    options.optimized_model_filepath = f"{path}.opened"
+    onnxruntime.InferenceSession(path, options)
+    graph = onnx.load(options.optimized_model_filepath).graph
+    Path(options.optimized_model_filepath).unlink()
+    return graph
+
+
+def test_factored_file_is_the_folded_one_once_it_is_open(exported):
     folder = exported[1]
-    graphs = []
-    for name in ("factored.onnx", "lors.onnx"):
-        options = onnxruntime.SessionOptions()  # all others as a user has them
-        options.optimized_model_filepath = str(tmp_path / name)
-        onnxruntime.InferenceSession(folder / name, options)
-        graphs.append(onnx.load(tmp_path / name).graph)
-    opened, folded = graphs
+    graphs = factored, folded = opened(folder / "factored.onnx"), opened(folder / "lors.onnx")
     assert numbers(onnx.load(folder / "factored.onnx").graph) < 0.8 * numbers(folded)
-    assert numbers(opened) == pytest.approx(numbers(folded), rel=1e-3)
+    assert numbers(factored) == pytest.approx(numbers(folded), rel=1e-3)
     # One more product a stage: M and S have a Linear each.
     products = [sum(node.op_type in ("MatMul", "Gemm", "FusedMatMul") for node in graph.node) for graph in graphs]
     assert products[0] <= products[1] + len(exported[0].decoder.stages)
+
+
+def test_half_precision_halves_a_factored_file_and_spares_boxes(exported, tmp_path):
+    model, folder = exported
+    half, whole = tmp_path / "half.onnx", folder / "factored.onnx"
+    shutil.copy(whole, half)
+    to_fp16(half)
+    onnx.checker.check_model(onnx.load(half), full_check=True)
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    assert numbers(opened(half)) == pytest.approx(numbers(opened(folder / "lors.onnx")), rel=1e-3)
+    tool = load_tool(TOOL)
+    trained = TensorDetector(model, load_config(LORS_DIGITS).model.data_preprocessor)
+    tool.check(half, trained, tool.inputs(2, SIZE, []), tool.TOLERANCES["fp16"])
+    # Above 2048, float16 has no odd numbers.
+    images = tool.inputs(1, (4096, 32), []).numpy()
+    boxes = onnxruntime.InferenceSession(half).run(["boxes"], {"images": images})[0]
+    far = boxes[boxes > 2048]
+    assert len(far) and (far % 2 > 0).mean() > 0.9
+
+
+def test_int8_file_is_quantised_in_products_with_weights_alone(exported, tmp_path, tiny_digits):
+    model, folder = exported
+    path = tmp_path / "int8.onnx"
+    shutil.copy(folder / "lors.onnx", path)
+    tool, pictures = load_tool(TOOL), images_in(tiny_digits / "val")
+    tool.convert(path, "int8", pictures, SIZE, 1)
+    assert path.stat().st_size < 0.35 * (folder / "lors.onnx").stat().st_size
+    makers = {name: node for node in onnx.load(path).graph.node for name in node.output}
+    for node in makers.values():
+        quantised = [makers[name].op_type == "DequantizeLinear" for name in node.input[:2] if name in makers]
+        if node.op_type in ("Conv", "Gemm"):
+            assert all(quantised)
+        elif node.op_type != "MatMul" and "Quantize" not in node.op_type:
+            assert not all(quantised) or not quantised
+    trained = TensorDetector(model, load_config(LORS_DIGITS).model.data_preprocessor)
+    by_score, _ = tool.check(path, trained, tool.inputs(2, SIZE, pictures), 1e30)
+    assert 0 < by_score < 0.1
+
+
+def test_a_picture_is_read_as_files_take_it(tmp_path):
+    Image.new("RGB", (96, 96), (255, 0, 10)).save(tmp_path / "image.png")
+    found = picture(str(tmp_path / "image.png"), SIZE)
+    assert found.shape == (1, 3, *SIZE[::-1]) and found.dtype.name == "float32"
+    assert [found[0, c].min() for c in range(3)] == [found[0, c].max() for c in range(3)] == [255, 0, 10]
+
+
+def test_an_unreadable_calibration_picture_is_refused(exported, tmp_path, monkeypatch, root):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "broken.png").write_text("text")
+    monkeypatch.chdir(root)
+    tool = load_tool(TOOL)
+    monkeypatch.setattr(tool, "export", lambda model, path, *_: shutil.copy(exported[1] / "lors.onnx", path))
+    arguments = [LORS_DIGITS, exported[1] / "lors.pth", tmp_path / "out.onnx", "--size", "96x64"]
+    arguments += ["--precision", "int8", "--calibration", tmp_path / "pictures"]
+    monkeypatch.setattr(sys, "argv", [TOOL, *map(str, arguments)])
+    with pytest.raises(UserError, match=r"broken\.png cannot be read as an image"):
+        tool.main()
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
 
 
 def test_factored_without_lors_is_refused(tmp_path, monkeypatch, root, capsys):
@@ -219,6 +287,10 @@ def test_images_are_normalised_as_mmdet_does(preprocessor):
         ("out.onnx", ["--size", "64"], "--size '64' must be WIDTHxHEIGHT in pixels, both multiples of 32"),
         ("out.onnx", ["--fixed-batch", "0"], "--fixed-batch 0 must be 1 or more"),
         ("out.onnx", ["--opset", "11"], "--opset 11 must be 18 or more"),
+        ("out.onnx", ["--precision", "int8"], "--precision int8 needs --calibration FOLDER"),
+        ("out.onnx", ["--precision", "fp16", "--calibration", "data"], "no other precision takes it"),
+        ("out.onnx", ["--precision", "int8", "--calibration", "none"], "folder none cannot be read"),
+        ("out.onnx", ["--precision", "int8", "--factored"], "--precision int8: LORS's factors cannot be int8"),
         ("out.pth", [], "must end with .onnx"),
         ("none/out.onnx", [], "must be a file in a folder that exists"),
         ("out.onnx", [], "checkpoint none.pth does not exist"),

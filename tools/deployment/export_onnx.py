@@ -121,8 +121,8 @@ def export(
     Raises:
         UserError: something in the model has no ONNX counterpart, or none in this opset.
     """
-    # A side of one cell would be taken for a constant.
-    width, height = (max(side, 2 * STRIDE) for side in size) if dynamic_size else size
+    # One size stands for all: sides that are larger than one cell, and that Swin has to pad to whole windows.
+    width, height = (11 * STRIDE, 5 * STRIDE) if dynamic_size else size
     images = torch.zeros(batch or 2, 3, height, width)
     dims = {} if batch else {0: torch.export.Dim("batch")}
     if dynamic_size:
