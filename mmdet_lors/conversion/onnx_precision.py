@@ -13,7 +13,7 @@ from mmdet_lors.inference.pictures import Reader
 FP16 = {"Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "MaxPool", "Relu"}
 """Operators that compute in float16; all others, the arithmetic of boxes among them, in float32."""
 INT8 = ["Conv", "Gemm", "MatMul"]
-"""Operators that get int8 weights and inputs."""
+"""Operators that get int8 weights and uint8 inputs, where they have weights."""
 LARGE = 1024
 """Numbers from which on a weight is stored in float16, whoever uses it."""
 
@@ -64,14 +64,18 @@ class Calibration:
 
 
 def to_int8(path: Path, images: Iterable[np.ndarray]) -> None:
-    """Rewrite a file: the weights of :data:`INT8` in int8, with a scale per output channel, and their inputs too.
+    """Rewrite a file: the weights of :data:`INT8` in int8, with a scale per output channel, their inputs in uint8.
 
     Args:
         path: the file.
         images: typical inputs of it; what they reach is the range of every quantised input.
     """
+    import onnx
     from onnxruntime import quantization
 
+    graph = onnx.load(path).graph
+    weights = {weight.name for weight in graph.initializer}
+    computed = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] not in weights]
     logging.disable(logging.WARNING)  # it asks for a step that the exporter has done
     try:
         quantization.quantize_static(
@@ -80,7 +84,9 @@ def to_int8(path: Path, images: Iterable[np.ndarray]) -> None:
             Calibration(images),
             op_types_to_quantize=INT8,
             per_channel=True,
-            extra_options=dict(MatMulConstBOnly=True),
+            activation_type=quantization.QuantType.QUInt8,
+            nodes_to_exclude=computed,
+            extra_options=dict(OpTypesToExcludeOutputQuantization=["Gemm", "MatMul"]),
         )
     finally:
         logging.disable(logging.NOTSET)

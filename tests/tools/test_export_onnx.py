@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from mmdet_lors.conversion.export import TensorDetector
-from mmdet_lors.conversion.onnx_precision import picture, to_fp16
+from mmdet_lors.conversion.onnx_precision import INT8, picture, to_fp16
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference.sources import images_in
 
@@ -209,13 +209,16 @@ def test_int8_file_is_quantised_in_products_with_weights_alone(exported, tmp_pat
     tool, pictures = load_tool(TOOL), images_in(tiny_digits / "val")
     tool.convert(path, "int8", pictures, SIZE, 1)
     assert path.stat().st_size < 0.35 * (folder / "lors.onnx").stat().st_size
-    makers = {name: node for node in onnx.load(path).graph.node for name in node.output}
-    for node in makers.values():
-        quantised = [makers[name].op_type == "DequantizeLinear" for name in node.input[:2] if name in makers]
-        if node.op_type in ("Conv", "Gemm"):
-            assert all(quantised)
-        elif node.op_type != "MatMul" and "Quantize" not in node.op_type:
-            assert not all(quantised) or not quantised
+    graph = onnx.load(path).graph
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    quantised = {op: Counter() for op in INT8}
+    for node in graph.node:
+        if node.op_type in INT8:
+            quantised[node.op_type][tuple(makers.get(name) == "DequantizeLinear" for name in node.input[:2])] += 1
+    assert set(quantised["Conv"]) == set(quantised["Gemm"]) == {(True, True)}
+    # Scores of attention and their product with values, and the two mixings.
+    assert quantised["MatMul"].pop((False, False)) == 4 * len(model.decoder.stages)
+    assert set(quantised["MatMul"]) == {(True, True)}
     trained = TensorDetector(model, load_config(LORS_DIGITS).model.data_preprocessor)
     by_score, _ = tool.check(path, trained, tool.inputs(2, SIZE, pictures), 1e30)
     assert 0 < by_score < 0.1

@@ -10,7 +10,7 @@ the file, which is then as small as the checkpoint's weights. The file maps
 
 Every image is taken to fill the whole input: resize it to W x H. The batch is dynamic, the size only with
 --dynamic-size. With --precision fp16, convolutions and products compute in float16, the arithmetic of boxes does not;
-with int8 their weights and inputs are int8.
+with int8, they have 8-bit weights and inputs.
 """
 
 import argparse
@@ -80,7 +80,7 @@ from mmdet_lors.inference.sources import images_in
 STRIDE = 32
 """Both sides of the input must be multiples of this, the largest stride of a backbone."""
 OUTPUTS = ["boxes", "scores", "labels"]
-TOLERANCES = dict(fp32=1e-3, fp16=1e-2, int8=1e30)
+TOLERANCES = dict(fp32=1e-3, fp16=2e-2, int8=1e30)
 """Largest difference of scores, and of boxes as a share of the input's longer side; any that is finite for int8."""
 
 
