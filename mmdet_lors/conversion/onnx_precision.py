@@ -14,8 +14,8 @@ FP16 = {"Conv", "ConvTranspose", "Gemm", "LayerNormalization", "MatMul", "MaxPoo
 """Operators that compute in float16; all others, the arithmetic of boxes among them, in float32."""
 INT8 = ["Conv", "Gemm", "MatMul"]
 """Operators that get int8 weights and uint8 inputs, where they have weights."""
-LARGE = 1024
-"""Numbers from which on a weight is stored in float16, whoever uses it."""
+LARGE = 10_000
+"""Numbers from which on a weight is stored in float16, whoever uses it; the boxes of all queries are fewer."""
 
 
 def to_fp16(path: Path) -> None:
