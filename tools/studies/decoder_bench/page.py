@@ -95,11 +95,11 @@ def page(results: Results, command: str, picture: str) -> str:
                       str(difference or ""), f"{means[0]:.3f}", f"{means[1]:.0f}"])  # fmt: skip
     header = ["row", "", "decoder parameters, M", "AP ± s.d.", "seeds", "AP - plain [95 %]", "AP50", "training, s"]
     lines += table(header, cells)
-    lines += ["", f"![AP over decoder parameters]({picture})", "", "## The paper's claims", ""]
+    lines += ["", f"![AP over decoder parameters]({picture})", "", "## The paper's claims, and the control that it lacks", ""]
     told = []
     for claim in CLAIMS:
         difference = Difference.of(found, claim.row, claim.base)
-        verdict = difference.verdict(claim.equal) if difference else "not run"
+        verdict = difference.verdict(claim.equal) if difference else "fewer than two pairs"
         told.append([claim.table, claim.text, f"{claim.row} - {claim.base}", str(difference or ""), verdict])
     lines += table(["table", "claim", "rows", "difference of AP [95 %]", "verdict"], told)
     lines += [

@@ -99,7 +99,7 @@ ROWS = [
 
 
 class Claim(NamedTuple):
-    """A sentence of the paper, as two rows of the study."""
+    """A sentence of the paper, or of its reader, as two rows of the study."""
 
     table: str
     text: str
@@ -124,4 +124,7 @@ CLAIMS = [
     Claim("7", "LORST's rank 8 (here 2) is better than 32 (8)", LORS, "LORST r8"),
     Claim("8", "six stages are better than three", LORS, "LORS, 3 stages"),
     Claim("8", "six stages are better than nine", LORS, "LORS, 9 stages"),
+    Claim("-", "LORS is better than a plain decoder made as small by 16 channels", LORS, "plain, 16 channels"),
+    Claim("-", "LORS is better than one made as small by 32 channels and fewer points", LORS, "plain, 32 channels"),
+    Claim("-", "LORS is better than one made as small by fewer stages", LORS, "plain, 2 stages"),
 ]  # fmt: skip
