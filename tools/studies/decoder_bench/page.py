@@ -95,7 +95,13 @@ def page(results: Results, command: str, picture: str) -> str:
                       str(difference or ""), f"{means[0]:.3f}", f"{means[1]:.0f}"])  # fmt: skip
     header = ["row", "", "decoder parameters, M", "AP ± s.d.", "seeds", "AP - plain [95 %]", "AP50", "training, s"]
     lines += table(header, cells)
-    lines += ["", f"![AP over decoder parameters]({picture})", "", "## The paper's claims, and the control that it lacks", ""]
+    lines += [
+        "",
+        f"![AP over decoder parameters]({picture})",
+        "",
+        "## The paper's claims, and the control that it lacks",
+        "",
+    ]
     told = []
     for claim in CLAIMS:
         difference = Difference.of(found, claim.row, claim.base)
