@@ -120,17 +120,18 @@ class TimmClassifier(BaseModel):
             UserError: an odd number of images, which timm's Mixup cannot pair.
         """
         targets = labels
+        if self.erase is not None or self.mixup is not None:
+            images = images.clone()  # both write into what they are given
         if self.erase is not None:
             self.erase.device = images.device  # where it makes its noise
-            # Both write into the images that they are given.
-            images = self.erase(images.clone())
+            images = self.erase(images)
         if self.mixup is not None:
             if len(images) % 2:
                 raise UserError(
                     f"mixup needs an even number of images in every batch of a process, got {len(images)}: make "
                     "train_dataloader.batch_size even, with drop_last=True"
                 )
-            images, targets = self.mixup(images.clone(), labels)
+            images, targets = self.mixup(images, labels)
         logits = self.network(images)
         # float32 under autocast, but never a lower precision than the network's.
         return dict(loss=self.criterion(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets))

@@ -10,10 +10,11 @@ are a hard case: their singular values fall slowly, so that much is cut off and 
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from rich.table import Table
 
@@ -270,6 +271,13 @@ def print_report(result: dict) -> None:
     out.print(ways)
 
 
+def plain(value: Any) -> Any:
+    """The same without dataclasses, as JSON has it."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return asdict(value) if is_dataclass(value) else value
+
+
 def main() -> None:
     """Measure, print the report, and write it."""
     args = parse_args()
@@ -282,16 +290,9 @@ def main() -> None:
         result = measure_training(args) if args.training else measure(args)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if args.training:
-        print_training(result)
-    else:
-        print_report(result)
-    if args.json and args.training:
-        args.json.write_text(to_json(result, indent=1) + "\n")
-    elif args.json:
-        plain = {k: asdict(v) if isinstance(v, Pair) else v for k, v in result.items()}
-        plain["factorisation"] = {k: asdict(v) for k, v in result["factorisation"].items()}
-        args.json.write_text(to_json(plain, indent=1) + "\n")
+    (print_training if args.training else print_report)(result)
+    if args.json:
+        args.json.write_text(to_json(plain(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":

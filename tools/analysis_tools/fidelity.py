@@ -24,10 +24,9 @@ from typing import Any
 import yaml
 from mmengine.config import Config
 
-from mmdet_lors.analysis.study import table
+from mmdet_lors.analysis.study import ROOT, link, table
 from mmdet_lors.engine.launch import run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 HEADER = ("setting", "authors'", "source", "ours", "")
 Row = dict[str, Any]
 
@@ -43,14 +42,14 @@ def sections() -> list[dict]:
 
 
 @cache
-def config(name: str) -> Config:
+def config(name: str) -> dict:
     """A config below configs/. Shared: not to be changed."""
-    return Config.fromfile(CONFIGS / f"{name}.py")
+    return Config.fromfile(ROOT / f"configs/{name}.py").to_dict()
 
 
-def value(cfg: Config, place: str) -> Any:
+def value(cfg: dict, place: str) -> Any:
     """What a config has at a place; None if it has no such field."""
-    found: Any = cfg.to_dict()
+    found: Any = cfg
     for key in place.split("."):
         if found is None:
             return None
@@ -100,7 +99,7 @@ def main() -> None:
     for section in sections():
         print(f"{section['title']}\n")
         if "config" in section:
-            print(f"Of [{Path(section['config']).name}](../configs/{section['config']}.py).\n")
+            print(f"Of {link('configs/' + section['config'] + '.py')}.\n")
         if "text" in section:
             print(section["text"].strip() + "\n")
         if "rows" in section:
