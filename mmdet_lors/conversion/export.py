@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from mmdet_lors.adamixer import QueryBased
 from mmdet_lors.errors import UserError
 
+OUTPUTS = ["boxes", "scores", "labels"]
+"""Names of what an exported file puts out, in the order of :meth:`TensorDetector.forward`."""
+
 
 def check_installed(*packages: str) -> None:
     """Refuse to begin without packages of the extra "export".

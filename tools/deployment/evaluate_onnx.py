@@ -54,7 +54,7 @@ from torch.utils.data import DataLoader
 from mmdet_lors.analysis.arguments import width_and_height
 from mmdet_lors.analysis.output import console
 from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
-from mmdet_lors.conversion.export import check_installed
+from mmdet_lors.conversion.export import OUTPUTS, check_installed
 from mmdet_lors.datasets.checks import check_inputs
 from mmdet_lors.engine.config_check import check_config
 from mmdet_lors.engine.launch import load_config, run
@@ -62,7 +62,6 @@ from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError, first_line
 
 PREPARE = DetDataPreprocessor(bgr_to_rgb=True)
-OUTPUTS = ["boxes", "scores", "labels"]
 Session = Any
 """An onnxruntime.InferenceSession; onnxruntime is imported only when it is needed."""
 

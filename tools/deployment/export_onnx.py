@@ -69,7 +69,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmdet_lors.analysis.arguments import check_writable, width_and_height
-from mmdet_lors.conversion.export import TensorDetector, any_batch, check_installed
+from mmdet_lors.conversion.export import OUTPUTS, TensorDetector, any_batch, check_installed
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.conversion.onnx_precision import picture, to_fp16, to_int8
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
@@ -79,7 +79,6 @@ from mmdet_lors.inference.sources import images_in
 
 STRIDE = 32
 """Both sides of the input must be multiples of this, the largest stride of a backbone."""
-OUTPUTS = ["boxes", "scores", "labels"]
 TOLERANCES = dict(fp32=1e-3, fp16=2e-2, int8=1e30)
 """Largest difference of scores, and of boxes as a share of the input's longer side; any that is finite for int8."""
 
