@@ -237,8 +237,9 @@ def test_the_gradient_norm_is_logged(clip, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", sorted((ROOT / "configs/_base_/schedules").glob("*.py")), ids=lambda p: p.stem)
-def test_every_schedule_clips_and_so_logs_the_norm(schedule):
-    assert Config.fromfile(schedule).optim_wrapper.clip_grad.norm_type == 2
+def test_a_schedule_that_clips_logs_the_norm_that_it_clips(schedule):
+    clip = Config.fromfile(schedule).optim_wrapper.get("clip_grad")
+    assert clip is None or clip.norm_type == 2  # without clipping, the hook takes the norm itself: the test above
 
 
 @pytest.mark.parametrize("name", ["default_runtime", "classification_runtime"])
