@@ -100,7 +100,7 @@ def test_order_of_table_7(pela):
 
 
 @pytest.fixture
-def tools(runs, monkeypatch):
+def tools(pela, runs, monkeypatch):
     """Stand-ins for train.py, test.py and extract_student.py; lists what they are called with."""
     calls, accuracies = [], {"vit_digits": 98.0, "compressed": 50.0, "base-loss": 90.0, "both": 95.0}
 
@@ -124,7 +124,7 @@ def tools(runs, monkeypatch):
     monkeypatch.setattr(runs, "train", train)
     monkeypatch.setattr(runs, "evaluate", evaluate)
     monkeypatch.setattr(runs, "call", lambda *command, log: calls.append(("extract", *command[1:])))
-    monkeypatch.setattr(runs, "RATIOS", (2,))
+    monkeypatch.setattr(pela, "RATIOS", (2,))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     return calls
 
@@ -134,8 +134,11 @@ def test_pela_study_runs_and_reports_what_it_found(pela, tools, tmp_path, monkey
     arguments = ["--seeds", "1", "--epochs", "2", "--teacher-epochs", "2", "--ratio", "8", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [TOOL, *arguments, "--work-dir", str(tmp_path / "work")])
     pela.main()
-    trained = {name: options for kind, name, options in tools if kind == "train"}
-    assert list(trained)[0] == "vit_digits_seed-0" and len(trained) == 5
+    trained = [(name, options) for kind, name, options in tools if kind == "train"]
+    assert trained[0][0] == "vit_digits_seed-0" and len(trained) == 6
+    other = [options for name, options in trained if name == "both_seed-0" and "model.ratio=2" in options]
+    assert len(other) == 1 and not any("loss=None" in option for option in other[0])
+    trained = {name: options for name, options in trained if options is not other[0]}
     assert "model.feature_loss=None" in trained["perturbation_seed-0"]
     assert not any(option.startswith("model.feature_loss") for option in trained["feature_seed-0"])
     assert {"model.feature_loss=None", "model.perturbation_loss=None"} < set(trained["base-loss_seed-0"])
@@ -148,6 +151,7 @@ def test_pela_study_runs_and_reports_what_it_found(pela, tools, tmp_path, monkey
     page = out.read_text()
     assert "| plain | the teacher, not compressed | 680,170 | 98.00 | 98.00 | 99.00 | 10 | 81.80 | 83.50 |" in page
     assert "| both | and both | 96,106 | 95.00 | 95.00 | 99.00 | 10 | 80.96 | 82.54 |" in page
+    assert "| 8 | 96,106 | 50.00 | 95.00 | 95.00 | -3.00 |" in page and "| 2 | 346,090 | 50.00 | 95.00 |" in page
     assert "| base loss | 2.0000 | 1.0000 |" in page
     assert "The same top-1 for every seed have `feature` and `perturbation`." in page
     assert "Our means are **not** in the order of DeiT-Base's column." in page  # feature and perturbation are equal

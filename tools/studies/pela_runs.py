@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
-import torch
 from mmdet.registry import MODELS
-from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdet_lors.analysis.study import call, evaluate, last_epoch_only, once, read, train
@@ -20,8 +17,6 @@ from mmdet_lors.engine.checkpoint.reading import read_checkpoint, write_checkpoi
 PLAIN = "configs/classification/vit_digits.py"
 DISTILLER = "configs/pela/pela-distiller_vit_digits.py"
 COMPRESSED = "configs/pela/pela_vit_digits.py"
-RATIOS = (2, 4, 8, 12, 16)
-"""At which direct factorisation is measured, to choose one."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ TRAINED = [
     Variant("base loss", "trained with the classifier's loss alone", ()),
     Variant("feature", "and feature distillation", ("feature",), (80.90, 82.89)),
     Variant("perturbation", "and weight perturbation", ("perturbation",), (80.55, 82.86)),
-    Variant("both", "and both", ("feature", "perturbation"), (80.96, 82.54)),
+    BOTH := Variant("both", "and both", ("feature", "perturbation"), (80.96, 82.54)),
 ]
 VARIANTS = [TEACHER, DIRECT, *TRAINED]
 
@@ -73,6 +68,12 @@ class Study:
         settings += f"_{self.epochs}-epochs" if variant.losses is not None else ""
         return self.work / settings / f"{variant.name.replace(' ', '-')}_seed-{seed}"
 
+    def run(self, variant: Variant, seed: int) -> dict:
+        """The outcome of a variant with a seed, trained or evaluated now or before."""
+        if variant is TEACHER:
+            return self.teach(seed)
+        return self.compress(seed) if variant is DIRECT else self.recover(variant, seed)
+
     def teach(self, seed: int) -> dict:
         """Train and evaluate a plain model.
 
@@ -95,7 +96,7 @@ class Study:
         """Factorise a plain model and evaluate what is left.
 
         Returns:
-            ``top1`` and ``top5`` in per cent, ``seconds`` of the factorisation; ``by_ratio``, top-1 at other ratios.
+            ``top1`` and ``top5`` in per cent, ``seconds`` of the factorisation.
         """
         folder = self.folder(DIRECT, seed)
 
@@ -107,8 +108,7 @@ class Study:
             seconds = time.monotonic() - begin
             write_checkpoint(dict(meta={}, state_dict=model.state_dict()), checkpoint)
             found = accuracy(evaluate(COMPRESSED, checkpoint, folder, self.settings()))
-            by_ratio = {f"{ratio:g}": top1(factorised(weights, ratio)) for ratio in sorted({*RATIOS, self.ratio})}
-            return found | dict(seconds=seconds, by_ratio=by_ratio)
+            return found | dict(seconds=seconds)
 
         return once(folder, work)
 
@@ -163,14 +163,6 @@ def factorised(weights: Mapping[str, Tensor], ratio: float) -> nn.Module:
     model = MODELS.build(compressed_model(ratio))
     model.load_state_dict(weights)
     return model.eval()
-
-
-@torch.no_grad()
-def top1(model: nn.Module) -> float:
-    """Of the validation split, per cent, in this process."""
-    loader = dict(deepcopy(read(PLAIN).val_dataloader), num_workers=0, persistent_workers=False)
-    found = [sample for batch in Runner.build_dataloader(loader) for sample in model.val_step(batch)]
-    return 100 * mean(sample["scores"].argmax().item() == sample["label"] for sample in found)
 
 
 def first_and_last_losses(folder: Path) -> dict[str, tuple[float, float]]:
