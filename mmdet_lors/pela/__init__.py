@@ -2,11 +2,24 @@
 
 from mmdet_lors.compatibility import has_mmdet
 
+from .budget import Allocation, allocate
+from .calibration import Moment, second_moments
 from .choice import OMIT
 from .compression import CompressedLayer, compress, decompress
-from .low_rank import LowRankLinear
+from .low_rank import LowRankConv2d, LowRankLinear
 
-__all__ = ["OMIT", "CompressedLayer", "LowRankLinear", "compress", "decompress"]
+__all__ = [
+    "OMIT",
+    "Allocation",
+    "CompressedLayer",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "Moment",
+    "allocate",
+    "compress",
+    "decompress",
+    "second_moments",
+]
 
 if has_mmdet():
     from .compressed import build_compressed, build_compressed_backbone

@@ -1,4 +1,4 @@
-"""Which Linears of a model are compressed, to which rank, and why others are not. Needs PyTorch alone."""
+"""Which layers of a model are compressed, to which rank, and why others are not. Needs PyTorch alone."""
 
 import copy
 import math
@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Layer = nn.Linear | nn.Conv2d
+
 OMIT = ("norm", "head", "patch_embed", "downsample")
 """Parts of names that the paper's code leaves whole in every model; a model need not have all of them."""
 
@@ -21,20 +23,28 @@ def paper_rank(in_features: int, out_features: int, ratio: float) -> int:
     return math.floor(in_features * out_features / (ratio * (in_features + out_features)))
 
 
-def is_plain(linear: nn.Linear) -> bool:
-    """Whether calling this layer is x W^T + b: a subclass may do more, which is found by asking it."""
-    if type(linear).forward is nn.Linear.forward:
+def is_plain(layer: Layer) -> bool:
+    """Whether calling this layer is x W^T + b, or W * x + b: a subclass may do more, which is found by asking it."""
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    methods = ("forward",) if kind is nn.Linear else ("forward", "_conv_forward")
+    if all(getattr(type(layer), method) is getattr(kind, method) for method in methods):
         return True
-    probe = copy.deepcopy(linear)
+    probe = copy.deepcopy(layer)
     weight, bias = probe.weight, probe.bias
     with torch.no_grad():
         # Its own weights may not be there yet.
         for p in (weight, bias):
             if p is not None:
                 p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
-        x = torch.linspace(-1, 1, 2 * linear.in_features).view(2, -1).to(weight)
         try:
-            found, expected = probe.forward(x), F.linear(x, weight, bias)  # past its hooks
+            if isinstance(layer, nn.Linear):
+                x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(weight)
+                expected = F.linear(x, weight, bias)
+            else:
+                side = [dilation * size for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+                x = torch.linspace(-1, 1, layer.in_channels * side[0] * side[1]).view(1, -1, *side).to(weight)
+                expected = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+            found = probe.forward(x)  # past its hooks
         except Exception:  # whatever it needs is more than a Linear's input
             return False
     if not isinstance(found, Tensor) or found.shape != expected.shape:
@@ -42,25 +52,27 @@ def is_plain(linear: nn.Linear) -> bool:
     return found.is_meta or torch.allclose(found, expected, atol=1e-6)
 
 
-def choose(model: nn.Module, omit: Sequence[str]) -> dict[nn.Linear, list[str]]:
-    """The Linears that factors can stand in for, with each of the names under which the model holds them.
+def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) -> dict[Layer, list[str]]:
+    """The layers that factors can stand in for, with each of the names under which the model holds them.
+
+    Linears, and with ``convolutions`` ungrouped ``nn.Conv2d``.
 
     Raises:
         ValueError: there is none; names what the model has instead, and why.
     """
-    names: dict[nn.Linear, list[str]] = defaultdict(list)
+    names: dict[Layer, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or (convolutions and isinstance(module, nn.Conv2d) and module.groups == 1):
             names[module].append(name)
     _warn_of_unused(model, omit, names)
     chosen, omitted = {}, {}
-    for linear, paths in names.items():
+    for layer, paths in names.items():
         if any(part in path for part in omit for path in paths):
-            omitted[linear] = paths
+            omitted[layer] = paths
         else:
-            chosen[linear] = paths
-    whole = {linear: reason for linear in chosen if (reason := _why_whole(linear))}
-    chosen = {linear: paths for linear, paths in chosen.items() if linear not in whole}
+            chosen[layer] = paths
+    whole = {layer: reason for layer in chosen if (reason := _why_whole(layer))}
+    chosen = {layer: paths for layer, paths in chosen.items() if layer not in whole}
     strangers = {
         p: f"{name}.{key}".lstrip(".")
         for name, module in model.named_modules()
@@ -68,66 +80,77 @@ def choose(model: nn.Module, omit: Sequence[str]) -> dict[nn.Linear, list[str]]:
         if p is not None and not (module in chosen and key == "weight")
     }
     whole |= {
-        linear: f"it shares its weight with {strangers[linear.weight]}"
-        for linear in chosen
-        if linear.weight in strangers
+        layer: f"it shares its weight with {strangers[layer.weight]}" for layer in chosen if layer.weight in strangers
     }
-    chosen = {linear: paths for linear, paths in chosen.items() if linear not in whole}
-    for linear, reason in whole.items():
-        _warn(f"{names[linear][0]} is left whole: {reason}")
+    chosen = {layer: paths for layer, paths in chosen.items() if layer not in whole}
+    for layer, reason in whole.items():
+        _warn(f"{names[layer][0]} is left whole: {reason}")
     if chosen:
         return chosen
-    number, others = _not_linear(model)
+    kind = "Linear or convolution" if convolutions else "Linear"
+    number, others = _not_chosen(model, names)
     if not whole and (not others or len(omitted) > number):
-        raise ValueError(f"omit leaves no Linear to compress; the model has {_summary(names)}")
-    reasons = [f"{' and '.join(others)}: not an nn.Linear"] if others else []
-    reasons += [f"{names[linear][0]}: {reason}" for linear, reason in whole.items()]
+        raise ValueError(f"omit leaves no {kind} to compress; the model has {_summary(names)}")
+    different = "neither a Linear nor an ungrouped Conv2d" if convolutions else "not an nn.Linear"
+    reasons = [f"{' and '.join(others)}: {different}"] if others else []
+    reasons += [f"{names[layer][0]}: {reason}" for layer, reason in whole.items()]
     reasons += [f"{_names(omitted)}: omitted"] if omitted else []
-    raise ValueError(f"the model has no Linear to compress; {'; '.join(reasons)}")
+    raise ValueError(f"the model has no {kind} to compress; {'; '.join(reasons)}")
 
 
-def _why_whole(linear: nn.Linear) -> str | None:
+def _why_whole(layer: Layer) -> str | None:
     """Why factors cannot stand in for this layer, whatever else the model has."""
-    kind = type(linear).__name__
+    kind = type(layer).__name__
     for name in ("weight", "bias"):
-        if name not in linear._parameters:
-            sources = [n for n in (*linear._parameters, *linear._buffers) if n.startswith(f"{name}_")]
+        if name not in layer._parameters:
+            sources = [n for n in (*layer._parameters, *layer._buffers) if n.startswith(f"{name}_")]
             return f"its {name} is computed, {'from ' + ', '.join(sources) if sources else 'by ' + kind}"
-    if nn.parameter.is_lazy(linear.weight):
+    if nn.parameter.is_lazy(layer.weight):
         return f"{kind} has no size before its first call"
-    if linear.weight._backward_hooks or linear.weight._post_accumulate_grad_hooks:
+    if layer.weight._backward_hooks or layer.weight._post_accumulate_grad_hooks:
         return "its weight has hooks of its own, which two factors cannot keep"
-    if "forward" in vars(linear):
+    if "forward" in vars(layer):
         return "its forward() was replaced"
-    return None if is_plain(linear) else f"{kind} does more than x W^T + b"
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"its padding is {layer.padding_mode!r}, not zeros"
+    if is_plain(layer):
+        return None
+    return f"{kind} does more than {'x W^T' if isinstance(layer, nn.Linear) else 'W * x'} + b"
 
 
-def _not_linear(model: nn.Module) -> tuple[int, list[str]]:
-    """How many layers hold matrices but are not Linears, and which, the most frequent kind first."""
+def _not_chosen(model: nn.Module, names: Mapping[Layer, list[str]]) -> tuple[int, list[str]]:
+    """How many layers hold matrices but are none of these, and which, the most frequent kind first."""
     found: dict[str, dict[nn.Module, list[str]]] = defaultdict(dict)
     for name, module in model.named_modules():
         if ".parametrizations" in f".{name}":
             continue
         own = [p for p in module._parameters.values() if p is not None and (nn.parameter.is_lazy(p) or p.dim() > 1)]
         # What is quantised has its weight in no parameter.
-        if not isinstance(module, nn.Linear) and (own or callable(getattr(module, "weight", None))):
+        if module not in names and (own or callable(getattr(module, "weight", None))):
             kind = type(module)
             found[kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.Linear"][module] = [name]
     kinds = sorted(found, key=lambda kind: -len(found[kind]))
     return sum(map(len, found.values())), [f"{kind} ({_names(found[kind])})" for kind in kinds]
 
 
-def ranks_of(chosen: Mapping[nn.Linear, list[str]], ratio: float, ranks: Mapping[str, int]) -> dict[nn.Linear, int]:
-    """Every layer's rank, checked."""
+def ranks_of(chosen: Mapping[Layer, list[str]], ratio: float | None, ranks: Mapping[str, int]) -> dict[Layer, int]:
+    """The rank of every layer that gets one, checked; without a ratio only those that ``ranks`` names."""
     for key in ranks:
         if not any(key in path for paths in chosen.values() for path in paths):
             raise ValueError(f"ranks has {key!r}, which no compressed layer's name contains; they are {_names(chosen)}")
-    found: dict[nn.Linear, int] = {}
+    exact = {path for paths in chosen.values() for path in paths if path in ranks}
+    found: dict[Layer, int] = {}
     by_weight: dict[int, int] = {}
-    for linear, paths in chosen.items():
-        rows, cols = linear.weight.shape
-        best = max((key for key in ranks if any(key in path for path in paths)), key=len, default=None)
-        rank = paper_rank(cols, rows, ratio) if best is None else ranks[best]
+    for layer, paths in chosen.items():
+        rows, cols = layer.weight.flatten(1).shape
+        parts = [key for key in ranks if key not in exact and any(key in path for path in paths)]
+        best = next((path for path in paths if path in ranks), max(parts, key=len, default=None))
+        if best is not None:
+            rank = ranks[best]
+        elif ratio is not None:
+            rank = paper_rank(cols, rows, ratio)
+        else:
+            continue
         field = f"ratio {ratio}" if best is None else f"ranks[{best!r}]"
         if isinstance(rank, bool) or not isinstance(rank, int):
             raise ValueError(f"{field} must be an integer, got {rank!r}")
@@ -138,9 +161,9 @@ def ranks_of(chosen: Mapping[nn.Linear, list[str]], ratio: float, ranks: Mapping
                 f"{field} makes {paths[0]} ({rows} x {cols}) larger: rank {rank} has {rank * (rows + cols)} parameters "
                 f"instead of {rows * cols}; at most {paper_rank(cols, rows, 1)} is smaller"
             )
-        if by_weight.setdefault(id(linear.weight), rank) != rank:
+        if by_weight.setdefault(id(layer.weight), rank) != rank:
             raise ValueError(f"{field} gives {paths[0]} another rank than the layer that it shares its weight with")
-        found[linear] = rank
+        found[layer] = rank
     return found
 
 
@@ -150,11 +173,12 @@ def _names(layers: Mapping[Any, list[str]]) -> str:
     return ", ".join(patterns)
 
 
-def _summary(names: Mapping[nn.Linear, list[str]]) -> str:
-    return f"the Linears {_names(names)}" if names else "no Linear"
+def _summary(names: Mapping[Layer, list[str]]) -> str:
+    kinds = dict.fromkeys(f"{type(layer).__name__}s" for layer in names)
+    return f"the {' and '.join(kinds)} {_names(names)}" if names else "no Linear"
 
 
-def _warn_of_unused(model: nn.Module, omit: Sequence[str], names: Mapping[nn.Linear, list[str]]) -> None:
+def _warn_of_unused(model: nn.Module, omit: Sequence[str], names: Mapping[Layer, list[str]]) -> None:
     modules = [name for name, _ in model.named_modules()]
     for part in omit:
         if part not in OMIT and not any(part in name for name in modules):

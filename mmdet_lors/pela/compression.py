@@ -1,19 +1,22 @@
-"""PELA's compression: every Linear of a model becomes two factors, and back. Needs PyTorch alone."""
+"""PELA's compression: layers of a model become two factors each, and back. Needs PyTorch alone."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .choice import OMIT, choose, ranks_of
-from .low_rank import LowRankLinear, in_float64
+from .calibration import Moment, Moments, moments_of, second_moments
+from .choice import OMIT, Layer, choose, ranks_of
+from .low_rank import LowRank, LowRankConv2d, LowRankLinear, in_float64
 
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one Linear."""
+    """What became of one layer. A convolution's weight is a matrix (out, in * kernel height * kernel width)."""
 
     name: str
     in_features: int
@@ -22,20 +25,22 @@ class CompressedLayer:
     bias: bool
     error: float | None
     """Relative, ||W - V U^T|| / ||W|| (Frobenius); None when the factors do not approximate a weight."""
+    output_error: float | None = None
+    """Relative, (E |(W - V U^T) x|^2 / E |W x|^2)^(1/2) over the calibration data; None without."""
 
     @property
     def multiply_adds_before(self) -> int:
-        """Multiply-adds of the Linear per token."""
+        """Multiply-adds of the layer per token, or per place of the output."""
         return self.in_features * self.out_features
 
     @property
     def multiply_adds_after(self) -> int:
-        """Multiply-adds of the two factors per token."""
+        """Multiply-adds of the two factors per token, or per place of the output."""
         return self.rank * (self.in_features + self.out_features)
 
     @property
     def parameters_before(self) -> int:
-        """Weight and bias of the Linear."""
+        """Weight and bias of the layer."""
         return self.multiply_adds_before + self.bias * self.out_features
 
     @property
@@ -46,11 +51,13 @@ class CompressedLayer:
 
 def compress(
     model: nn.Module,
-    ratio: float,
+    ratio: float | None = None,
     omit: Sequence[str] = OMIT,
     ranks: Mapping[str, int] | None = None,
     approximate: bool = True,
     inplace: bool = False,
+    calibration: Iterable[Any] | Moments | None = None,
+    convolutions: bool = False,
 ) -> tuple[nn.Module, list[CompressedLayer]]:
     r"""Make every Linear of a model a :class:`LowRankLinear` of rank floor(in * out / (ratio * (in + out))).
 
@@ -61,56 +68,73 @@ def compress(
 
     Args:
         model: any module.
-        ratio: kappa of the paper's section 3.5; 2 halves every weight.
-        omit: a Linear whose name contains one of these stays whole.
-        ranks: rank of the Linears whose name contains the key; the longest key wins.
+        ratio: kappa of the paper's section 3.5; 2 halves every weight. ``None`` compresses what ``ranks`` names.
+        omit: a layer whose name contains one of these stays whole.
+        ranks: rank of the layers whose name contains the key, the longest key winning; a layer's whole name is that of
+            this layer alone.
         approximate: ``False`` makes the structure alone, with new factors: for models of random weights, on the meta
             device, or whose weights are yet to be loaded.
         inplace: change ``model`` instead of a copy of it.
+        calibration: approximate the layers' outputs instead of their weights, see
+            :func:`~mmdet_lors.pela.low_rank.best_factors`: batches to run the model with, or what
+            :func:`second_moments` made of them.
+        convolutions: ungrouped ``nn.Conv2d`` too, as :class:`~mmdet_lors.pela.low_rank.LowRankConv2d`.
 
     Returns:
         The compressed model, and what became of each layer (of several that share a weight, of the first).
 
     Raises:
-        ValueError: a ratio or rank that leaves a layer nothing, or makes it larger; a key of ``ranks`` that no Linear
-            has; a weight that is not finite, or is on the meta device with ``approximate``; nothing to compress. The
-            model is unchanged then.
+        ValueError: a ratio or rank that leaves a layer nothing, or makes it larger; a key of ``ranks`` that no layer
+            has; a weight that is not finite, or is on the meta device with ``approximate``; nothing to compress;
+            calibration that does not fit, see :func:`second_moments`. The model is unchanged then.
     """
-    if not ratio > 0:
+    if ratio is None and not ranks:
+        raise ValueError("neither ratio nor ranks is given: nothing to compress")
+    if ratio is not None and not ratio > 0:
         raise ValueError(f"ratio must be above 0, got {ratio}")
     if isinstance(omit, str):
         raise ValueError(f"omit must be a list of parts of names, got {omit!r}")
-    if inplace and isinstance(model, nn.Linear):
-        raise ValueError("inplace needs a model that holds its Linear layers; this model is itself one")
-    chosen = choose(model, omit)
+    if calibration is not None and not approximate:
+        raise ValueError("calibration needs weights to approximate: approximate must be True")
+    if inplace and isinstance(model, Layer):
+        raise ValueError("inplace needs a model that holds its layers; this model is itself one")
+    chosen = choose(model, omit, convolutions)
     chosen_ranks = ranks_of(chosen, ratio, ranks or {})
-    for linear, (name, *_) in chosen.items() if approximate else ():
-        if linear.weight.is_meta:
+    by_weight: dict[Tensor, list[str]] = defaultdict(list)
+    for layer in chosen_ranks:
+        by_weight[layer.weight].append(chosen[layer][0])
+    for weight, (name, *_) in by_weight.items() if approximate else ():
+        if weight.is_meta:
             raise ValueError(f"{name}.weight is on the meta device: approximate must be False")
-        if not torch.isfinite(linear.weight).all():
+        if not torch.isfinite(weight).all():
             raise ValueError(f"{name}.weight holds values that are not finite")
+    if calibration is not None and not isinstance(calibration, Mapping):
+        calibration = second_moments(model, calibration, omit, convolutions)
+    moments = moments_of(by_weight, calibration)
 
-    found = [(paths[0], chosen_ranks[linear]) for linear, paths in chosen.items()]
+    found = {chosen[layer][0]: rank for layer, rank in chosen_ranks.items()}
+    groups = list(by_weight.values())
     model = model if inplace else copied(model)
     report: list[CompressedLayer] = []
-    factors: dict[Tensor, tuple[nn.Parameter, nn.Parameter]] = {}
-    for path, rank in found:
-        module = model.get_submodule(path)
-        assert isinstance(module, nn.Linear)
-        weight = module.weight
-        known = factors.get(weight)
-        layer = LowRankLinear.take(module, rank, approximate and known is None)
-        if known is not None:
-            layer.U, layer.V = known
-            continue
-        factors[weight] = layer.U, layer.V
-        error = _relative_error(weight, layer) if approximate else None
-        report.append(CompressedLayer(path, layer.in_features, layer.out_features, rank, layer.bias is not None, error))
+    for paths, moment in zip(groups, moments, strict=True):
+        layers = [model.get_submodule(path) for path in paths]
+        whole = layers[0]._parameters["weight"]
+        assert whole is not None
+        made = [_kind(layer).take(layer, found[path], False) for path, layer in zip(paths, layers, strict=True)]
+        for other in made[1:]:
+            other.U, other.V = made[0].U, made[0].V
+        if approximate:
+            made[0].fill(whole, moment.matrix if moment else None)
+        report.append(_reported(paths[0], made[0], whole if approximate else None, moment))
     return model, report
 
 
+def _kind(layer: nn.Module) -> type[LowRank]:
+    return LowRankLinear if isinstance(layer, nn.Linear) else LowRankConv2d
+
+
 def decompress(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """The plain architecture: every :class:`LowRankLinear` becomes the Linear of weight V U^T, of the class it had.
+    """The plain architecture: every low-rank layer becomes the one of weight V U^T, of the class it had.
 
     Args:
         model: what :func:`compress` returned, or holds it.
@@ -118,10 +142,10 @@ def decompress(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     model = model if inplace else copied(model)
     weights: dict[Tensor, Tensor] = {}
-    for layer in [module for module in model.modules() if isinstance(module, LowRankLinear)]:
+    for layer in [module for module in model.modules() if isinstance(module, LowRank)]:
         U = layer.U
-        linear = layer.release()
-        linear.weight = weights.setdefault(U, linear.weight)
+        plain = layer.release()
+        plain.weight = weights.setdefault(U, plain.weight)
     return model
 
 
@@ -132,7 +156,20 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _relative_error(weight: Tensor, layer: LowRankLinear) -> float:
-    W = in_float64(weight)
-    norm = W.norm()
-    return ((W - in_float64(layer.V) @ in_float64(layer.U).T).norm() / norm).item() if norm else 0.0
+def _reported(name: str, layer: LowRank, weight: Tensor | None, moment: Moment | None) -> CompressedLayer:
+    """A layer's size, and how far its product is from the weight it stands for."""
+    sizes = len(layer.U), len(layer.V), layer.rank, layer.bias is not None
+    if weight is None:
+        return CompressedLayer(name, *sizes, error=None)
+    W = in_float64(weight.flatten(1))
+    rest = W - in_float64(layer.V) @ in_float64(layer.U).T
+    error = _share(rest.square().sum(), W.square().sum())
+    if moment is None:
+        return CompressedLayer(name, *sizes, error)
+    C = moment.matrix.to(W.device)
+    return CompressedLayer(name, *sizes, error, _share(*(((m @ C) * m).sum() for m in (rest, W))))
+
+
+def _share(rest: Tensor, whole: Tensor) -> float:
+    """The root of what is left over of a whole; 0 of nothing."""
+    return (rest.clamp(min=0) / whole).sqrt().item() if whole > 0 else 0.0
