@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .calibration import Moments, moments_of
+from .calibration import Moment, Moments, moments_of
 from .choice import OMIT, choose
 from .low_rank import squared_singular_values
 
@@ -31,27 +31,26 @@ def allocate(
     convolutions: bool = False,
     minimum: int = 1,
     maximum: int | None = None,
-    by: str = "weights",
 ) -> Allocation:
     r"""Spend a budget on the ranks of all layers together, where it leaves the smallest error.
 
-    .. math:: \min_r\ \sum_l \sum_{i > r_l} \sigma_{l,i}^2
+    .. math:: \min_r\ \sum_l w_l \sum_{i > r_l} \sigma_{l,i}^2
         \quad\text{with}\quad \sum_l r_l\, (in_l + out_l)\, n_l \le \text{budget}
 
-    :math:`\sigma_{l,i}`: singular values of W_l, or by outputs those of W_l L_l over their layer's root of the sum of
-    squares; :math:`n_l`: 1 for parameters, uses per call of the model for multiply-adds. A layer's error is convex in
-    its rank, so that always taking the direction with the largest :math:`\sigma^2` per cost is the optimum; a layer
-    becomes whole at once, at a cost of in * out, where that is on the lower convex hull of its error over its cost.
+    :math:`\sigma_{l,i}` are the singular values of W_l, and :math:`w_l = 1`. With calibration that has gradients they
+    are those of W_l L_l, of its outputs, and :math:`w_l = u_l\, \mathrm{E}\, (\partial L / \partial y)^2`: what the
+    error adds to the mean square of the loss's change if gradients and errors are independent. :math:`u_l` are uses per
+    call of the model; :math:`n_l` too for multiply-adds, and 1 for parameters. A layer's error is convex in its rank,
+    so that always taking the direction with the largest :math:`w \sigma^2` per cost is the optimum; a layer becomes
+    whole at once, at a cost of in * out, where that is on the lower convex hull of its error over its cost.
 
     Args:
         model: any module.
         parameters: budget of the whole model, what is not compressed included.
         multiply_adds: budget of the layers that can be compressed, per call of the model as in the calibration.
         omit, convolutions: see :func:`compress`.
-        calibration: from :func:`second_moments`.
+        calibration: from :func:`second_moments`; with a ``loss`` there, ranks are its, else the weights'.
         minimum, maximum: least and largest rank of every layer; with a maximum none stays whole.
-        by: 'weights', or 'outputs', which need calibration. docs/compression.md compares them: ranks by weights, and
-            then factors by outputs, are the better pair there.
 
     Raises:
         ValueError: not one budget of the two; multiply-adds without calibration; a budget below what the least ranks
@@ -61,24 +60,14 @@ def allocate(
         raise ValueError("give one budget: parameters or multiply_adds")
     if minimum < 1 or (maximum is not None and maximum < minimum):
         raise ValueError(f"minimum must be 1 or more and maximum not below it, got {minimum} and {maximum}")
-    if by not in ("weights", "outputs"):
-        raise ValueError(f"by must be weights or outputs, got {by!r}")
-    for field, needs in (("multiply_adds", multiply_adds is not None), ("by='outputs'", by == "outputs")):
-        if needs and calibration is None:
-            raise ValueError(f"{field} needs calibration")
+    if multiply_adds is not None and calibration is None:
+        raise ValueError("multiply_adds needs calibration, which counts how often each layer is used")
     by_weight: dict[Tensor, list[str]] = defaultdict(list)
     for module, (name, *_) in choose(model, omit, convolutions).items():
         by_weight[module.weight].append(name)
     moments = moments_of(by_weight, calibration)
     layers = [
-        _Spectrum(
-            names,
-            weight.flatten(1),
-            moment.matrix if moment and by == "outputs" else None,
-            moment.uses if moment and multiply_adds is not None else 1,
-            minimum,
-            maximum,
-        )
+        _Spectrum(names, weight.flatten(1), moment, multiply_adds is not None, minimum, maximum)
         for (weight, names), moment in zip(by_weight.items(), moments, strict=True)
     ]
 
@@ -119,20 +108,22 @@ class _Spectrum:
         self,
         names: Sequence[str],
         weight: Tensor,
-        moment: Tensor | None,
-        uses: float,
+        moment: Moment | None,
+        per_use: bool,
         minimum: int,
         maximum: int | None,
     ) -> None:
         rows, cols = weight.shape
+        uses = moment.uses if moment is not None and per_use else 1
         self.names, self.full = names, min(rows, cols)
         self.unit, self.whole = (rows + cols) * uses, rows * cols * uses
         self.most = min(rows * cols // (rows + cols), maximum or self.full)
         self.can_be_whole = maximum is None
         self.rank = min(minimum, self.most) or self.full  # a single row or column has nothing to factorise
-        squares = squared_singular_values(weight, moment)
-        if moment is not None:
-            squares = squares / (squares.sum().item() or 1.0)
+        if moment is None or moment.gradient is None:
+            squares = squared_singular_values(weight)
+        else:
+            squares = squared_singular_values(weight, moment.matrix) * (moment.uses * moment.gradient)
         self.tail: list[float] = [*squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
     @property

@@ -118,8 +118,7 @@ def compress(
     report: list[CompressedLayer] = []
     for paths, moment in zip(groups, moments, strict=True):
         layers = [model.get_submodule(path) for path in paths]
-        whole = layers[0]._parameters["weight"]
-        assert whole is not None
+        whole = _weight(layers[0])
         made = [_kind(layer).take(layer, found[path], False) for path, layer in zip(paths, layers, strict=True)]
         for other in made[1:]:
             other.U, other.V = made[0].U, made[0].V
@@ -131,6 +130,24 @@ def compress(
 
 def _kind(layer: nn.Module) -> type[LowRank]:
     return LowRankLinear if isinstance(layer, nn.Linear) else LowRankConv2d
+
+
+def refill(compressed: nn.Module, plain: nn.Module, moments: Moments) -> None:
+    """Fit every low-rank layer of a model to the outputs of the plain model's layer of its name."""
+    by_weight: dict[Tensor, list[str]] = defaultdict(list)
+    for name, layer in compressed.named_modules():
+        if isinstance(layer, LowRank):
+            by_weight[_weight(plain.get_submodule(name))].append(name)
+    for (weight, names), moment in zip(by_weight.items(), moments_of(by_weight, moments), strict=True):
+        layer = compressed.get_submodule(names[0])
+        assert isinstance(layer, LowRank) and moment is not None
+        layer.fill(weight, moment.matrix)
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
 
 
 def decompress(model: nn.Module, inplace: bool = False) -> nn.Module:

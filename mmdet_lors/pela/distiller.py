@@ -13,8 +13,8 @@ from mmdet_lors.engine.checkpoint.reading import check_fit
 from mmdet_lors.errors import UserError
 
 from .choice import OMIT
-from .compressed import build_compressed
-from .low_rank import LowRankLinear
+from .compressed import build_compressed, check_calibration, fit_outputs
+from .low_rank import LowRank
 from .tokens import BLOCKS, block_names, record_tokens
 
 
@@ -30,11 +30,13 @@ class PELADistiller(BaseModel):
         teacher: config of a classifier whose modes 'loss', 'predict' and 'tensor' are mmengine's, and which has its
             network as ``network``: :class:`~mmdet_lors.classification.TimmClassifier`.
         teacher_checkpoint: the network's weights, a file or 'timm://NAME'.
-        ratio, omit, ranks: see :func:`mmdet_lors.pela.compress`.
+        ratio, omit, ranks, convolutions: see :func:`mmdet_lors.pela.compress`.
         student: settings of the student that differ from the teacher's, such as another drop path rate.
         feature_loss, perturbation_loss: configs of L_fd and L_rwp, whose ``loss_weight`` is alpha and beta; None leaves
             one out.
         blocks: see :func:`mmdet_lors.pela.tokens.block_names`.
+        calibration: start from factors that fit the teacher's outputs, see
+            :func:`~mmdet_lors.pela.compressed.calibration_batches`.
 
     Raises:
         UserError: a student without blocks or that cannot be compressed; in ``init_weights``, a checkpoint that is
@@ -45,20 +47,25 @@ class PELADistiller(BaseModel):
         self,
         teacher: dict,
         teacher_checkpoint: str,
-        ratio: float,
+        ratio: float | None = None,
         omit: Sequence[str] = OMIT,
         ranks: Mapping[str, int] | None = None,
         student: dict | None = None,
         feature_loss: dict | None = None,
         perturbation_loss: dict | None = None,
         blocks: str = BLOCKS,
+        convolutions: bool = False,
+        calibration: dict | None = None,
     ) -> None:
-        built: BaseModel = build_compressed(merged(teacher, student or {}), ratio, omit, ranks)
+        built: BaseModel = build_compressed(merged(teacher, student or {}), ratio, omit, ranks, convolutions)
         super().__init__(data_preprocessor=built.data_preprocessor)
         self.student = built
         self.feature_loss = MODELS.build(feature_loss) if feature_loss else None
         self.perturbation_loss = MODELS.build(perturbation_loss) if perturbation_loss else None
         self.blocks, self.teacher_config, self.teacher_checkpoint = blocks, teacher, teacher_checkpoint
+        self.omit, self.convolutions, self.calibration = omit, convolutions, calibration
+        if calibration is not None:
+            check_calibration(calibration)
         # In a list, where nn.Module does not see it.
         self._teacher: list[BaseModel] = []
         try:
@@ -95,6 +102,8 @@ class PELADistiller(BaseModel):
             raise UserError(f"the student cannot start from the teacher's weights: {reason}") from error
         device = next(self.student.parameters()).device
         self._teacher = [teacher.to(device).eval().requires_grad_(False)]
+        if self.calibration is not None:
+            fit_outputs(self.student, self.teacher, self.calibration, self.omit, self.convolutions)
 
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = "tensor"):
         """mmengine's three modes; 'predict' and 'tensor' are the student's own."""
@@ -121,12 +130,12 @@ class PELADistiller(BaseModel):
             losses["loss_perturbation"] = self.perturbation_loss(self.pairs())
         return losses
 
-    def pairs(self) -> list[tuple[LowRankLinear, Tensor]]:
-        """Every low-rank layer of the student, and the teacher's weight (out, in) that it stands for."""
+    def pairs(self) -> list[tuple[LowRank, Tensor]]:
+        """Every low-rank layer of the student, and the teacher's weight that it stands for."""
         return [
             (layer, self.teacher.get_submodule(name).weight)
             for name, layer in self.student.named_modules()
-            if isinstance(layer, LowRankLinear)
+            if isinstance(layer, LowRank)
         ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PELADistiller":

@@ -6,7 +6,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .low_rank import LowRankLinear
+from .low_rank import LowRank
 
 READINGS = ("code", "paper")
 
@@ -93,16 +93,16 @@ class WeightPerturbationLoss(nn.Module):
             raise ValueError(f"eps must be 0 or more, got {eps}")
         self.loss_weight, self.eps, self.reading = loss_weight, eps, reading
 
-    def forward(self, pairs: Iterable[tuple[LowRankLinear, Tensor]]) -> Tensor:
-        """(low-rank layer, the weight (out, in) it stands for) -> a scalar, in float32 or more also under autocast."""
+    def forward(self, pairs: Iterable[tuple[LowRank, Tensor]]) -> Tensor:
+        """(low-rank layer, the weight it stands for) -> a scalar, in float32 or more also under autocast."""
         distances = torch.stack([largest_perturbation(layer, weight) for layer, weight in pairs]) - self.eps
         return self.loss_weight * (distances.square().mean() if self.reading == "code" else distances.sum())
 
 
-def largest_perturbation(layer: LowRankLinear, weight: Tensor) -> Tensor:
-    """The largest absolute entry of V U^T - W, a scalar that U and V get a gradient from. W is (out, in)."""
+def largest_perturbation(layer: LowRank, weight: Tensor) -> Tensor:
+    """The largest absolute entry of V U^T - W, a scalar that U and V get a gradient from. W is (out, in, ...)."""
     with torch.autocast(weight.device.type, enabled=False):
-        U, V, weight = (at_least_float32(factor) for factor in (layer.U, layer.V, weight.detach()))
+        U, V, weight = (at_least_float32(factor) for factor in (layer.U, layer.V, weight.detach().flatten(1)))
         with torch.no_grad():
             worst = torch.addmm(weight, V, U.T, beta=-1).abs_().argmax()
         row = torch.div(worst, weight.shape[1], rounding_mode="floor")

@@ -1,6 +1,7 @@
 """Low rank fitted to a layer's outputs, ranks under a budget, and factorised convolutions."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import timm
@@ -167,6 +168,22 @@ def test_a_whole_name_is_that_layers_alone():
     assert ranks == [2, 3] + [2] * 10
 
 
+def test_gradients_are_those_of_the_outputs(net, images):
+    """Also where an activation is computed in place of the output, and of a frozen layer."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    net[0].requires_grad_(False)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    moments = second_moments(net, [x, x], [], loss=lambda out: out.square().sum())
+    first = nn.functional.linear(x, net[0].weight, net[0].bias).requires_grad_()
+    second = net[2](first.relu())
+    out = net[3](second)
+    gradients = torch.autograd.grad(out.square().sum(), [first, second, out])
+    for name, gradient in zip("023", gradients, strict=True):
+        assert moments[name].gradient == pytest.approx(gradient.square().mean().item(), rel=1e-6)
+    assert not net[0].weight.requires_grad and all(p.grad is None for p in net.parameters())
+    assert second_moments(net, [x], [])["0"].gradient is None
+
+
 # ---------------------------------------------------------------- budget
 
 
@@ -209,8 +226,9 @@ def test_no_other_ranks_within_the_budget_leave_less():
 def test_what_is_compressed_has_what_was_paid(net, images):
     moments = second_moments(net, images, [], True)
     size = sum(p.numel() for p in net.parameters())
-    for by, calibration in (("weights", None), ("outputs", moments)):
-        found = allocate(net, parameters=size // 2, omit=[], convolutions=True, calibration=calibration, by=by)
+    with_loss = second_moments(net, images, [], True, loss=lambda out: out.square().sum())
+    for calibration in (None, moments, with_loss):
+        found = allocate(net, parameters=size // 2, omit=[], convolutions=True, calibration=calibration)
         small, _ = compress(net, None, [], found.ranks, convolutions=True, calibration=calibration)
         assert size * 0.45 < sum(p.numel() for p in small.parameters()) <= size // 2
         assert found.curve[-1][0] == sum(p.numel() for p in small.parameters())
@@ -226,12 +244,20 @@ def test_multiply_adds_count_how_often_a_layer_is_used(net, images):
     assert "fc2" not in found.ranks  # used once an image, it costs next to nothing
 
 
+def test_what_the_loss_does_not_see_gets_the_least():
+    net = nn.Sequential(*[nn.Linear(20, 20) for _ in range(3)])
+    moments = second_moments(net, [torch.randn(50, 20)], [], loss=lambda out: out.sum())
+    seen = {name: replace(moment, gradient=float(name == "1")) for name, moment in moments.items()}
+    # 60 biases, and 40 parameters a rank.
+    assert allocate(net, parameters=500, omit=[], calibration=seen, maximum=10).ranks == {"0": 1, "1": 9, "2": 1}
+
+
 def test_layers_that_share_a_weight_get_one_rank():
     net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
     net[2].weight = net[0].weight
     x = torch.randn(30, 16)
-    moments = second_moments(net, [x], [])
-    found = allocate(net, parameters=400, omit=[], calibration=moments, by="outputs", maximum=16)
+    moments = second_moments(net, [x], [], loss=lambda out: out.sum())
+    found = allocate(net, parameters=400, omit=[], calibration=moments, maximum=16)
     assert found.ranks["0"] == found.ranks["2"]
     small, report = compress(net, None, [], found.ranks, calibration=moments)
     assert small[0].U is small[2].U and len(report) == 2 and sum(p.numel() for p in small.parameters()) <= 400
@@ -245,8 +271,6 @@ def test_layers_that_share_a_weight_get_one_rank():
         (dict(), "give one budget: parameters or multiply_adds"),
         (dict(parameters=5000, multiply_adds=3), "give one budget"),
         (dict(multiply_adds=3), "multiply_adds needs calibration"),
-        (dict(parameters=5000, by="outputs"), "by='outputs' needs calibration"),
-        (dict(parameters=5000, by="size"), "by must be weights or outputs, got 'size'"),
         (dict(parameters=5000, minimum=0), "minimum must be 1 or more"),
         (
             dict(parameters=5000, minimum=4, maximum=3),
