@@ -120,9 +120,9 @@ def made_by(name: str, options: str, jobs: int) -> str:
     return f"Made by `{command}` on {date.today()}; {machine()}, {side}"
 
 
-def link(config: str) -> str:
-    """A link to a config from a page in docs/."""
-    return f"[{Path(config).stem}](../{config})"
+def link(config: str, root: str = "../") -> str:
+    """A link to a config from a page in docs/, or from where the project's folder is ``root``."""
+    return f"[{Path(config).stem}]({root}{config})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -137,10 +137,12 @@ class _Sum:
             self.total = in_float64(product) if self.total is None else self.total.add_(in_float64(product))
             self.rows += len(rows)
 
-    def watch(self, layer: Layer, args: tuple, output: Tensor) -> None:
-        """A forward hook. It asks the node, since an activation may be computed in place of the output."""
+    def watch(self, layer: Layer, args: tuple, output: Tensor) -> Tensor:
+        """A forward hook: a copy, since an activation may be computed in place of the output, and of its base."""
+        output = output.clone()
         assert output.grad_fn is not None
         output.grad_fn.register_prehook(self.add_gradient)
+        return output
 
     def add_gradient(self, gradients: tuple[Tensor, ...]) -> None:
         """The sum of squares of the outputs' gradient."""

@@ -172,7 +172,7 @@ def test_gradients_are_those_of_the_outputs(net, images):
     """Also where an activation is computed in place of the output, and of a frozen layer."""
     net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.Linear(4, 3)).double()
     net[0].requires_grad_(False)
-    x = torch.randn(7, 6, dtype=torch.float64)
+    x = torch.randn(7, 2, 6, dtype=torch.float64)  # the output is a view
     moments = second_moments(net, [x, x], [], loss=lambda out: out.square().sum())
     first = nn.functional.linear(x, net[0].weight, net[0].bias).requires_grad_()
     second = net[2](first.relu())
