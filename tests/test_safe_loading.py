@@ -36,6 +36,7 @@ TOOLS = {
     "model_converters/adamixer_to_lors.py": ["{plain}", "{evil}", "{lors}", "{out}.pth"],
     "model_converters/publish_model.py": ["{lors}", "{evil}", "{out}"],
     "model_converters/reference_to_mmdet_lors.py": ["{evil}", "{out}.pth"],
+    "model_converters/compress.py": ["{lors}", "{evil}", "{out}.pth", "--ratio", "2"],
     "model_converters/extract_student.py": ["{evil}", "{out}.pth"],
     "deployment/fold_lors.py": ["{lors}", "{evil}", "{out}.pth"],
     "deployment/export_onnx.py": ["{lors}", "{evil}", "{out}.onnx", "--size", "96x96"],

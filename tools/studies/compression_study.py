@@ -141,8 +141,10 @@ class Study:
             # One epoch, or iteration, of warm-up; then cosine over the rest.
             options += ["param_scheduler.0.end=1", "param_scheduler.1.begin=1"]
             options += [f"param_scheduler.1.end={self.recovery}", f"param_scheduler.1.T_max={self.recovery - 1}"]
-            train(config, folder / "recovery", options)
-            after = evaluate(config, folder / "recovery" / f"epoch_{self.recovery}.pth", folder / "recovery")
+            recovery = folder / "recovery"
+            recovery.mkdir(exist_ok=True)
+            train(config, recovery, options)
+            after = evaluate(config, recovery / f"epoch_{self.recovery}.pth", recovery)
             return dict(metric=before, recovered=after[subject.metric], parameters=size(out))
 
         return once(folder, work)
