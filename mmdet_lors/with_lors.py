@@ -9,17 +9,17 @@ from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdet_lors.lors.stack import plain_stack, share_stack
+from mmdet_lors.lors.stack import initial_stack, share_stack
 from mmdet_lors.lors.warm_start import FitError
 
 from .errors import UserError
 
-FIELDS = ("layers", "targets", "rank", "groups", "share", "init", "turns")
+FIELDS = ("layers", "targets", "rank", "groups", "share", "init", "turns", "kind", "condition")
 
 
 @MODELS.register_module("WithLORS")
 def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
-    """Build a model, and replace the weights that ``stacks`` names by LORST.
+    """Build a model, and replace the weights that ``stacks`` names by LORST, or Linears by LORSA.
 
     The model itself is returned, so that runner, hooks and parameter names see no wrapper around it. Its
     ``init_weights()`` first initialises the plain model, pre-trained weights included, and then shares the result; a
@@ -29,7 +29,8 @@ def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
         model: config of any registered model.
         stacks: per stack a dict of ``layers``, a dotted name of an ``nn.ModuleList`` or ``nn.Sequential`` in the
             model, or a list of names of its layers, and of the arguments of
-            :func:`mmdet_lors.lors.share_stack`: ``targets``, ``rank``, ``groups``, ``share``, ``init``, ``turns``.
+            :func:`mmdet_lors.lors.share_stack`: ``targets``, ``rank``, ``groups``, ``share``, ``init``, ``turns``,
+            ``kind``, ``condition``; the equations and their source are there.
 
     Raises:
         UserError: names the stack, the field, and what is wrong with it.
@@ -56,7 +57,7 @@ def with_lors(model: dict, stacks: Sequence[dict]) -> nn.Module:
 
 def _init_weights(self: nn.Module, *args, **kwargs) -> None:
     """Run the model's own ``init_weights()`` on its plain weights, then initialise LORS from them."""
-    with plain_stack([self]) as report:
+    with initial_stack([self]) as report:
         # An enclosing mmengine module lists all parameters first, and refuses those that it does not know.
         known = getattr(self, "_params_init_info", None)
         if known is not None:

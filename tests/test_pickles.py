@@ -51,6 +51,12 @@ def stack() -> nn.Module:
     return randomised(model)
 
 
+def adaptive_stack() -> nn.Module:
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 3)
+    share_stack(model.layers, "linear?", rank=2, groups=[1, 0, 2], kind="adaptive")
+    return randomised(model)
+
+
 MODELS_TO_BUILD = {
     "AdaMixer with LORS": lambda folder: random_lors(load_config(LORS_DIGITS).model),
     "AdaMixer with LORS, served": lambda folder: serve(random_lors(load_config(LORS_DIGITS).model)),
@@ -59,6 +65,7 @@ MODELS_TO_BUILD = {
     "distiller": distiller,
     "classifier": lambda folder: distiller(folder).student,
     "shared nn.TransformerEncoder": lambda folder: stack(),
+    "adaptive nn.TransformerDecoder": lambda folder: adaptive_stack(),
     "compressed nn.TransformerEncoder": lambda folder: compress(
         nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2), 1.2, omit=()
     )[0].eval(),
@@ -83,6 +90,8 @@ def outputs(name: str, model: nn.Module) -> list[Tensor]:
     torch.manual_seed(3)
     if "Encoder" in name:
         return [model(torch.randn(2, 5, 16))]
+    if "Decoder" in name:
+        return [model(torch.randn(2, 5, 16), torch.randn(2, 3, 16))]
     if name in ("distiller", "classifier"):
         return values(model(torch.randn(2, 1, 32, 32), mode="tensor"))
     if "DINO" in name:

@@ -58,6 +58,16 @@ class AdaptiveWeights(nn.Linear):
         return f"{self.in_features}, shapes={self.shapes}, copies={self.copies}"
 
 
+def start_factors_(B: Tensor, A: Tensor, rank: int) -> None:
+    """Fill B (..., rows, K * r) and A (..., K * r, cols), Kaiming-uniform, for an E between them that starts at zero.
+
+    The fan is rows * r for B and r * cols for A (released code).
+    """
+    for factor, size in ((B, B.shape[-2]), (A, A.shape[-1])):
+        bound = math.sqrt(6 / (size * rank))
+        nn.init.uniform_(factor, -bound, bound)
+
+
 class PrivateLORSA(nn.Module):
     r"""One layer's private part, :math:`\Delta W(q) = \sum_{k=1}^{K} B^k E^k(q) A^k`, for every copy and shape.
 
@@ -79,16 +89,11 @@ class PrivateLORSA(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """E zero, so that a layer starts as the shared part alone; B and A Kaiming-uniform.
-
-        The fan is rows * r for B and r * cols for A (released code).
-        """
+        """E zero, so that a layer starts as the shared part alone; B and A Kaiming-uniform."""
         nn.init.zeros_(self.E.weight)
         nn.init.zeros_(self.E.bias)
         for B, A in zip(self.B, self.A, strict=True):
-            bound_B, bound_A = (math.sqrt(6 / (size * self.rank)) for size in (B.shape[1], A.shape[2]))
-            nn.init.uniform_(B, -bound_B, bound_B)
-            nn.init.uniform_(A, -bound_A, bound_A)
+            start_factors_(B, A, self.rank)
 
     def forward(self, query: Tensor, shared: Sequence[Tensor] | None = None) -> list[Tensor]:
         """sum_k B E(q) A, added to ``shared`` if given. (..., query_dim) -> one (..., copies, rows, cols) per shape."""

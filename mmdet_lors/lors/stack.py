@@ -1,8 +1,9 @@
-"""LORS for any stack: named weights of a sequence of layers become LORST, whatever the layers are made of.
+"""LORS for any stack: named weights of a sequence of layers become LORST or LORSA, whatever the layers are made of.
 
-A layer's own code stays as it is. It still reads ``module.weight`` (or ``in_proj_weight``), which is now computed
-when it is read: W_shared + B A. That costs out * in * K * r multiply-adds per use, against tokens * out * in of the
-product it is read for.
+A layer's own code stays as it is. With LORST it still reads ``module.weight`` (or ``in_proj_weight``), which is now
+computed when it is read: W_shared + B A. That costs out * in * K * r multiply-adds per use, against tokens * out * in
+of the product it is read for. With LORSA the weight depends on the input: the layer still calls its Linear, which now
+computes more (:mod:`.stacked_adaptive`).
 """
 
 from collections import defaultdict
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from .allocation import PerLayer, per_layer
 from .stacked import SUFFIX, StackedWeight, attach, computed_names, detach
+from .stacked_adaptive import CONDITIONS, NOTHING_TO_FOLD, AdaptiveStackedWeight
 from .static import LORST
-from .targets import check_weights, checked_layers, groups_of, resolve, setting, sharable
+from .targets import check_called, check_weights, checked_layers, groups_of, resolve, setting, sharable
 from .warm_start import FitError, fit_lorst_
 
 INITS = ("first", "paper", "trained")
+KINDS = ("static", "adaptive")
 
 
 def _lorst(weights: Sequence[Tensor], ranks: Sequence[int], init: str, turns: int) -> tuple[LORST, list[FitError]]:
@@ -47,15 +50,21 @@ def share_stack(
     share: Sequence[int | str] | None = None,
     init: str = "first",
     turns: int = 1,
+    kind: str = "static",
+    condition: str = "token",
 ) -> dict[str, list[FitError]]:
-    r"""Turn the named weights of a stack of layers into LORST, in place.
+    r"""Turn the named weights of a stack of layers into LORST, or Linears into LORSA, in place.
 
-    .. math:: W_i = W^{shared} + \sum_{k=1}^{K_i} B_i^k A_i^k
+    .. math:: W_i = W^{shared} + \sum_{k=1}^{K_i} B_i^k A_i^k \qquad\text{(static, LORST)}
+
+    .. math:: y_i = W^{shared} x + b_i + \sum_{k=1}^{K_i} B_i^k\, E_i^k(h)\, A_i^k x \qquad\text{(adaptive, LORSA)}
 
     :math:`W^{shared}, W_i \in R^{out \times in}`; :math:`B_i^k \in R^{out \times r_i}`;
-    :math:`A_i^k \in R^{r_i \times in}`. A, B and everything that is not a target, biases too, stay the layer's own.
+    :math:`A_i^k \in R^{r_i \times in}`; :math:`E_i^k(h) = \mathrm{reshape}(\mathrm{Linear}_i(h)) \in R^{r_i \times
+    r_i}`. A, B, E and everything that is not a target, biases too, stay the layer's own.
     Sources: LORS paper, equations 7 and 8; per group of layers, with K = 0 or with init 'trained' it is a Relaxed
-    Recursive Transformer (arXiv 2410.20672).
+    Recursive Transformer (arXiv 2410.20672). Adaptive: equations 10 to 12, and appendix A.2, which calls LORSA in
+    Transformers a promising attempt and says no more of it: h, and W_shared as a parameter, are ours.
 
     The first layer of those that share keeps W_shared: the parameters of ``attn.qkv`` are then
     ``attn.qkv.weight_lorst.shared`` (first layer), ``attn.qkv.weight_lorst.private.A`` and ``.B`` (K_i > 0).
@@ -71,7 +80,12 @@ def share_stack(
         init: 'first' starts every layer as the first one's present weight: W_shared = W_1, A Kaiming, B zero. 'paper'
             starts anew, whatever the present weights are: W_shared and A Kaiming, B zero (section 3.3 of the paper).
             'trained' stays near the present weights: W_shared their mean, B A the truncated SVD of the rest.
+            Adaptive layers start from the same W_shared, with E zero, A and B Kaiming: 'trained' is the mean alone.
         turns: for 'trained': how often mean and SVD are fitted in turn. More than 1 comes nearer to the weights.
+        kind: 'static' is LORST, 'adaptive' LORSA; its targets are Linears that the layer calls. In a layer with K = 0
+            both are W_shared.
+        condition: for 'adaptive', what h is: 'token', x of each token, or 'mean', the mean over all tokens of an
+            element of the batch, see :class:`.AdaptiveResidual`.
 
     Returns:
         For 'trained', per weight one relative error per layer: what W_shared alone and what the fit leaves over, each
@@ -80,7 +94,7 @@ def share_stack(
     Raises:
         ValueError: names the field, and the layer: layers of different shapes, a target that is missing or is no
             Linear's or in-projection's weight or is shared already, lists of the wrong length, K * r above
-            min(out, in).
+            min(out, in); for 'adaptive' a weight that its module reads, such as an in-projection.
     """
     layers = checked_layers(layers)
     targets = [targets] if isinstance(targets, str) else targets
@@ -89,17 +103,25 @@ def share_stack(
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     (turns,) = per_layer("turns", turns, 1, minimum=1)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}, got {condition!r}")
+    if kind == "static" and condition != "token":
+        raise ValueError(f"condition {condition!r} is for kind='adaptive'; static weights have none")
     for field, value in (("rank", rank), ("groups", groups)):
         if isinstance(value, Mapping) and (unknown := [key for key in value if key not in targets]):
             raise ValueError(f"{field} has an entry for {unknown[0]!r}, which is none of the targets")
     sharing = groups_of(share, len(layers))
 
-    plan: list[tuple[str, list[int], list[int]]] = []
+    plan: list[tuple[str, list[int], list[tuple[int, int]]]] = []
     places = [sharable(layer) for layer in layers]
     for name, target in resolve(layers, targets).items():
         for i, place in enumerate(places):
             if place[name][1] in computed_names(place[name][0]):
                 raise ValueError(f"targets: layer {i}'s {name} is shared already")
+            if kind == "adaptive":
+                check_called(i, layers[i], name, place[name][0])
         ranks = setting("rank", rank, target, len(layers), minimum=1)
         counts = setting("groups", groups, target, len(layers), minimum=0)
         for members in sharing:
@@ -112,15 +134,20 @@ def share_stack(
                         f"rank: layer {i}'s {name} has rank {ranks[i]} x {counts[i]} groups = {ranks[i] * counts[i]}, "
                         f"above {most}, the smaller side of the weight"
                     )
-            plan.append((name, members, [ranks[i] * counts[i] for i in members]))
+            plan.append((name, members, [(ranks[i], counts[i]) for i in members]))
 
     report: dict[str, list[FitError]] = {}
-    for name, members, product in plan:
+    for name, members, sizes in plan:
         plain = [getattr(*places[i][name]) for i in members]
-        lorst, errors = _lorst(plain, product, init, turns)
+        static = [r * K if kind == "static" else 0 for r, K in sizes]
+        lorst, errors = _lorst(plain, static, init, turns)
         first = None
-        for position, (i, weight) in enumerate(zip(members, plain, strict=True)):
-            stacked = StackedWeight(lorst, position, first, init, turns)
+        stacked: StackedWeight
+        for position, (i, weight, (r, K)) in enumerate(zip(members, plain, sizes, strict=True)):
+            if kind == "adaptive" and K:
+                stacked = AdaptiveStackedWeight(lorst, position, first, init, turns, r, K, condition)
+            else:
+                stacked = StackedWeight(lorst, position, first, init, turns)
             if stacked.private is not None:
                 stacked.private.requires_grad_(weight.requires_grad)
             attach(*places[i][name], stacked)
@@ -168,6 +195,15 @@ def _stacks(layers: Iterable[nn.Module]) -> list[list[_Place]]:
     return list(found.values())
 
 
+def _static_stacks(layers: Iterable[nn.Module]) -> list[list[_Place]]:
+    """As :func:`_stacks`, of layers none of which is adaptive."""
+    stacks = _stacks(layers)
+    for place in (place for places in stacks for place in places):
+        if isinstance(place.weight, AdaptiveStackedWeight):
+            raise ValueError(f"layers: {place.path}: {NOTHING_TO_FOLD}")
+    return stacks
+
+
 def fold_stack(layers: Iterable[nn.Module]) -> None:
     """Give the layers ordinary weights again, each of the value W_i that it has now: the plain architecture.
 
@@ -178,9 +214,10 @@ def fold_stack(layers: Iterable[nn.Module]) -> None:
         layers: all layers that share with each other, or ``[model]`` for every stack in a model.
 
     Raises:
-        ValueError: none of the layers has a shared weight, or some of those that share are missing.
+        ValueError: none of the layers has a shared weight, some of those that share are missing, or a weight is
+            adaptive.
     """
-    for places in _stacks(layers):
+    for places in _static_stacks(layers):
         for place in places:
             detach(place.module, place.name)
 
@@ -202,6 +239,15 @@ def plain_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError
     Raises:
         ValueError: see :func:`fold_stack`.
     """
+    layers = list(layers)
+    _static_stacks(layers)
+    with initial_stack(layers) as report:
+        yield report
+
+
+@contextmanager
+def initial_stack(layers: Iterable[nn.Module]) -> Iterator[dict[str, list[FitError]]]:
+    """As :func:`plain_stack`, for what initialises a model; an adaptive layer shows W_shared, what it starts as."""
     stacks = _stacks(layers)
     for place in (place for places in stacks for place in places):
         detach(place.module, place.name)
@@ -236,11 +282,14 @@ def _switches(places: Sequence[_Place]) -> list[bool]:
 def _restart(stack: Sequence[StackedWeight], weights: Sequence[Tensor]) -> list[FitError]:
     """Fill a stack again from plain weights, in place."""
     first = stack[0]
-    lorst, errors = _lorst(weights, [weight.rank for weight in stack], first.init, first.turns)
+    static = [0 if isinstance(weight, AdaptiveStackedWeight) else weight.rank for weight in stack]
+    lorst, errors = _lorst(weights, static, first.init, first.turns)
     assert lorst.shared is not None
     first.shared.copy_(lorst.shared)
     for ours, fresh in zip(stack, lorst.private, strict=True):
-        if ours.private is not None and fresh is not None:
+        if isinstance(ours, AdaptiveStackedWeight):
+            ours.private.reset_parameters()
+        elif ours.private is not None and fresh is not None:
             ours.private.A.copy_(fresh.A)
             ours.private.B.copy_(fresh.B)
     return errors

@@ -28,6 +28,8 @@ class StackedWeight(nn.Module):
 
     shared: nn.Parameter
     _first: "StackedWeight | None"
+    layer_base: type = ComputesWeights
+    """What a module becomes whose weight this is."""
 
     def __init__(self, lorst: LORST, position: int, first: "StackedWeight | None", init: str, turns: int) -> None:
         super().__init__()
@@ -55,13 +57,17 @@ class StackedWeight(nn.Module):
         # One kernel for W_shared + B A; under autocast it also casts.
         return shared if self.private is None else torch.addmm(shared, self.private.B, self.private.A)
 
+    def plain(self) -> Tensor:
+        """What the layer has as its weight when it is plain, (out, in)."""
+        return self()
+
     def extra_repr(self) -> str:
         return f"position={self.position}, rank={self.rank}, holds_shared={self._first is None}"
 
 
 @cache
-def computed_class(plain: type, names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of ``plain`` that computes the named weights instead of storing them.
+def computed_class(plain: type, names: tuple[str, ...], base: type = ComputesWeights) -> type[nn.Module]:
+    """A subclass of ``base`` and ``plain`` that computes the named weights instead of storing them.
 
     As ``torch.nn.utils.parametrize`` does, but with one class per kind of module, which is never changed afterwards.
     parametrize changes a class that a module has in common with its copies: folding a copy breaks the original.
@@ -69,18 +75,18 @@ def computed_class(plain: type, names: tuple[str, ...]) -> type[nn.Module]:
 
     def computed(name: str) -> property:
         remedy = f"{name} is computed, W_shared + B A: write within plain_stack(layers), or to {name}{SUFFIX}"
-        return computed_weight(name + SUFFIX, remedy)
+        return computed_weight(name + SUFFIX, getattr(base, "remedy", remedy))
 
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         # Copying and pickling: the class has no name to be imported by.
-        return _new, (plain, names), self.__getstate__()
+        return _new, (plain, names, base), self.__getstate__()
 
     body = dict(__reduce_ex__=__reduce_ex__, __module__=__name__, plain_class=plain, computed_weights=names)
-    return type(f"Stacked{plain.__name__}", (ComputesWeights, plain), body | {name: computed(name) for name in names})
+    return type(f"Stacked{plain.__name__}", (base, plain), body | {name: computed(name) for name in names})
 
 
-def _new(plain: type, names: tuple[str, ...]) -> nn.Module:
-    kind = computed_class(plain, names)
+def _new(plain: type, names: tuple[str, ...], base: type = ComputesWeights) -> nn.Module:
+    kind = computed_class(plain, names, base)
     return kind.__new__(kind)
 
 
@@ -89,24 +95,24 @@ def computed_names(module: nn.Module) -> tuple[str, ...]:
     return getattr(type(module), "computed_weights", ())
 
 
-def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
+def _set_names(module: nn.Module, names: tuple[str, ...], base: type = ComputesWeights) -> None:
     plain: type = getattr(type(module), "plain_class", type(module))
-    module.__class__ = computed_class(plain, names) if names else plain
+    module.__class__ = computed_class(plain, names, base) if names else plain
 
 
 def attach(module: nn.Module, name: str, weight: StackedWeight) -> None:
     """Compute ``module.<name>`` from now on."""
     delattr(module, name)
     module.add_module(name + SUFFIX, weight.train(module.training))
-    _set_names(module, (*computed_names(module), name))
+    _set_names(module, (*computed_names(module), name), weight.layer_base)
 
 
 @torch.no_grad()
 def detach(module: nn.Module, name: str) -> None:
-    """Store ``module.<name>`` again: an ordinary parameter with the value that it has now."""
+    """Store ``module.<name>`` again: an ordinary parameter with the value that ``plain()`` has now."""
     weight: StackedWeight = getattr(module, name + SUFFIX)
     trained = weight.first.shared if weight.private is None else weight.private.B
-    value = nn.Parameter(weight().clone(), requires_grad=trained.requires_grad)
+    value = nn.Parameter(weight.plain().clone(), requires_grad=trained.requires_grad)
     delattr(module, name + SUFFIX)
     _set_names(module, tuple(n for n in computed_names(module) if n != name))
     # Before the bias, as in a module that was never shared.

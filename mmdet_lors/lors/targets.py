@@ -1,9 +1,12 @@
 """Which weights of which layers :func:`share_stack` is to share, and whether it can."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .allocation import PerLayer, per_layer
@@ -23,6 +26,52 @@ def sharable(layer: nn.Module) -> dict[str, tuple[nn.Module, str]]:
             if name in computed_names(module) or isinstance(getattr(module, name, None), nn.Parameter):
                 found[f"{path}.{name}" if path else name] = module, name
     return found
+
+
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""These read the weights of Linears below them."""
+
+
+def is_plain(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether calling this layer is x W^T + b, or W * x + b: a subclass may do more, which is found by asking it."""
+    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    methods = ("forward",) if kind is nn.Linear else ("forward", "_conv_forward")
+    if all(getattr(type(layer), method) is getattr(kind, method) for method in methods):
+        return True
+    probe = copy.deepcopy(layer)
+    weight, bias = probe.weight, probe.bias
+    with torch.no_grad():
+        # Its own weights may not be there yet.
+        for p in (weight, bias):
+            if p is not None:
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        try:
+            if isinstance(layer, nn.Linear):
+                x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(weight)
+                expected = F.linear(x, weight, bias)
+            else:
+                side = [dilation * size for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+                x = torch.linspace(-1, 1, layer.in_channels * side[0] * side[1]).view(1, -1, *side).to(weight)
+                expected = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
+            found = probe.forward(x)  # past its hooks
+        except Exception:  # whatever it needs is more than a Linear's input
+            return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return found.is_meta or torch.allclose(found, expected, atol=1e-6)
+
+
+def check_called(index: int, layer: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse a weight, by its full name in the layer and its module, that is not one of a Linear which is called."""
+    reader: nn.Module | None = module
+    if isinstance(module, nn.Linear):
+        path, _, _ = name.rpartition(".")
+        reader = layer.get_submodule(path.rpartition(".")[0]) if path else None
+    where = f"targets: layer {index}'s {name}"
+    if isinstance(reader, _READERS):
+        raise ValueError(f"{where} is read by {type(reader).__name__}; adaptive are only Linears that are called")
+    if isinstance(module, nn.Linear) and not is_plain(module):
+        raise ValueError(f"{where} is of a {type(module).__name__}, which does more than x W^T + b")
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -1,6 +1,5 @@
 """Which layers of a model are compressed, to which rank, and why others are not. Needs PyTorch alone."""
 
-import copy
 import math
 import re
 import warnings
@@ -8,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+from mmdet_lors.lors.targets import is_plain
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -21,35 +20,6 @@ OMIT = ("norm", "head", "patch_embed", "downsample")
 def paper_rank(in_features: int, out_features: int, ratio: float) -> int:
     """floor(in * out / (ratio * (in + out))): the rank at which a weight keeps 1 / ratio of its parameters (3.5)."""
     return math.floor(in_features * out_features / (ratio * (in_features + out_features)))
-
-
-def is_plain(layer: Layer) -> bool:
-    """Whether calling this layer is x W^T + b, or W * x + b: a subclass may do more, which is found by asking it."""
-    kind = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    methods = ("forward",) if kind is nn.Linear else ("forward", "_conv_forward")
-    if all(getattr(type(layer), method) is getattr(kind, method) for method in methods):
-        return True
-    probe = copy.deepcopy(layer)
-    weight, bias = probe.weight, probe.bias
-    with torch.no_grad():
-        # Its own weights may not be there yet.
-        for p in (weight, bias):
-            if p is not None:
-                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
-        try:
-            if isinstance(layer, nn.Linear):
-                x = torch.linspace(-1, 1, 2 * layer.in_features).view(2, -1).to(weight)
-                expected = F.linear(x, weight, bias)
-            else:
-                side = [dilation * size for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-                x = torch.linspace(-1, 1, layer.in_channels * side[0] * side[1]).view(1, -1, *side).to(weight)
-                expected = F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation)
-            found = probe.forward(x)  # past its hooks
-        except Exception:  # whatever it needs is more than a Linear's input
-            return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return found.is_meta or torch.allclose(found, expected, atol=1e-6)
 
 
 def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) -> dict[Layer, list[str]]:

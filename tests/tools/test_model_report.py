@@ -13,6 +13,7 @@ from mmdet_lors.adamixer.stage import QuerySelfAttention
 from mmdet_lors.analysis.complexity import OperationCounter, Report, component, measure
 from mmdet_lors.conversion.folding import folded_config
 from mmdet_lors.errors import UserError
+from mmdet_lors.lors import share_stack
 
 TOOL = "analysis_tools/model_report.py"
 PLAIN, LORS = "adamixer/adamixer_r50_{}-queries_1x_coco", "lors/adamixer-lors_r50_{}-queries_1x_coco"
@@ -47,6 +48,22 @@ def test_attention_by_hand():
     """Three projections and one back, d x d each; N x N logits and N x N weights, d products each."""
     counter = operations(QuerySelfAttention(16, 2), torch.zeros(1, 5, 16), torch.zeros(1, 5, 4))
     assert counter.products == {"": 4 * 5 * 16 * 16 + 2 * 5 * 5 * 16}
+
+
+@pytest.mark.parametrize(("condition", "cores"), [("token", 2 * 15), ("mean", 2)])
+def test_adaptive_weights_by_hand(condition, cores):
+    """W_shared, A and B, K cores of r x r from h = 6 channels, and E times A x; a sum, and for 'mean' the mean."""
+    layers = nn.ModuleList(nn.Linear(6, 7) for _ in range(2))
+    share_stack(layers, "weight", rank=3, groups=2, kind="adaptive", condition=condition)
+    counter = operations(layers[0], torch.zeros(2, 3, 5, 6))
+    tokens, private = 2 * 15, "weight_lorst.private"
+    assert counter.products == {
+        "": tokens * 6 * 7,
+        private: tokens * (6 * 6 + 2 * 3 * 3 + 6 * 7),
+        f"{private}.E": cores * 6 * 2 * 3 * 3,
+    }
+    mean = tokens * 6 if condition == "mean" else 0
+    assert {k: v for k, v in counter.elements.items() if v} == {"": tokens * 7} | ({private: mean} if mean else {})
 
 
 def test_deformable_convolutions_by_hand():

@@ -10,6 +10,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 
+from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST, share_stack
 
 TOOL = "analysis_tools/show_lors.py"
@@ -79,6 +80,13 @@ def test_stack_is_found_by_name():
     for report, members in zip(found, ((0, 2), (1, 3)), strict=True):
         for i, layer in enumerate(members):
             assert report.total(i) == pytest.approx(layers[layer][0].weight.square().sum().item(), rel=1e-5)
+
+
+def test_adaptive_weights_have_no_energy():
+    layers = nn.Sequential(*(nn.Linear(6, 4) for _ in range(2)))
+    share_stack(layers, "weight", rank=2, kind="adaptive")
+    with pytest.raises(UserError, match="^0.weight_lorst: adaptive weights depend on the input: there is no weight"):
+        load_tool(TOOL).reports(layers)
 
 
 def test_lors_draws_and_writes_numbers(tmp_path, call_tool, capsys):

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST
 from mmdet_lors.lors.stack import StackedWeight
+from mmdet_lors.lors.stacked_adaptive import AdaptiveStackedWeight
 from mmdet_lors.lors.static import PrivateLORST
 
 ADAPTIVE_NAMES = ("M, channel mixing (LORSA)", "S, spatial mixing (LORSA)")
@@ -161,7 +163,11 @@ def _stack_name(paths: Sequence[str]) -> str:
 
 @torch.no_grad()
 def reports(model: nn.Module) -> list[SharedWeightReport]:
-    """Every weight in the model that LORS shares; empty for a model without LORS."""
+    """Every weight in the model that LORS shares; empty for a model without LORS.
+
+    Raises:
+        UserError: a stack is adaptive.
+    """
     found: list[SharedWeightReport] = []
     stacks: dict[int, list[tuple[str, StackedWeight]]] = defaultdict(list)
     for path, module in model.named_modules():
@@ -169,6 +175,8 @@ def reports(model: nn.Module) -> list[SharedWeightReport]:
             found += report_lorsa(module)
         elif isinstance(module, LORST):
             found.append(report_static("W_out, output projection (LORST)", "stage", module.shared, module.private))
+        elif isinstance(module, AdaptiveStackedWeight):
+            raise UserError(f"{path}: adaptive weights depend on the input: there is no weight to measure")
         elif isinstance(module, StackedWeight):
             stacks[id(module.first)].append((path, module))
     for members in stacks.values():

@@ -109,7 +109,7 @@ def main() -> None:
     model = MODELS.build(cfg.model)
     model.load_state_dict(weights)
     if args.fold:
-        plain = folded_config(cfg.model) if cfg.model.get("decoder") else None
+        plain = folded_config(cfg.model)
         if plain is None:
             raise UserError(f"--fold: {args.config} has no AdaMixer with LORS, there is nothing to fold")
         weights, cfg.model = folded_state_dict(model), plain

@@ -40,6 +40,8 @@ from mmdet_lors.errors import UserError
 CONFIGS = {
     "plain": "configs/classification/vit_digits.py",
     "LORST": "configs/classification/vit-lors_digits.py",
+    "LORSA, h of each token": "configs/classification/vit-lors-adaptive_digits.py",
+    "LORSA, h of the image": "configs/classification/vit-lors-adaptive-mean_digits.py",
 }
 
 
