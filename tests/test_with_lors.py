@@ -153,6 +153,27 @@ def test_a_copy_initialises_itself():
     assert [type(m) for m in copied.modules()] == [type(m) for m in Stack().modules()]
 
 
+@pytest.mark.parametrize("init", ["first", "trained"])
+def test_adaptive_layers_start_from_the_models_own_weights_and_stay_when_trained(init, tmp_path):
+    path, plain = plain_checkpoint(tmp_path)
+    inner = dict(init_cfg=dict(type="Pretrained", checkpoint=path))
+    built, x = MODELS.build(config(inner, init=init, kind="adaptive", condition="mean")), torch.randn(2, 5, 24)
+    known = [id(p) for p in built.parameters()]
+    for parameter in built.parameters():
+        nn.init.normal_(parameter)
+    built.init_weights()
+    weights = [block[0].weight for block in plain.blocks]
+    shared = weights[0] if init == "first" else sum(weights) / 3
+    for block in built.blocks:
+        assert torch.allclose(block[0](x), nn.functional.linear(x, shared, block[0].bias), atol=1e-5)
+    assert known == [id(p) for p in built.parameters()] and torch.equal(built.head.weight, plain.head.weight)
+    for parameter in built.parameters():
+        nn.init.normal_(parameter)
+    before = copy.deepcopy(built.state_dict())
+    built.init_weights()  # which loads nothing a second time
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
 @pytest.mark.parametrize("init", ["first", "paper", "trained"])
 def test_builds_without_weights_and_twice(init):
     """As the tools do, to check a config: what is in the parameters is whatever the allocator gives."""
@@ -212,6 +233,14 @@ def test_layers_can_be_named_one_by_one():
         (
             [dict(layers="blocks", targets="0", init="svd")],
             "stacks[0].init must be one of first, paper, trained, got 'svd'",
+        ),
+        (
+            [dict(layers="blocks", targets="0", kind="dynamic")],
+            "stacks[0].kind must be one of static, adaptive, got 'dynamic'",
+        ),
+        (
+            [dict(layers="blocks", targets="0", kind="adaptive", condition="query")],
+            "stacks[0].condition must be one of token, mean, got 'query'",
         ),
         (
             [dict(layers="blocks", targets="0"), dict(layers="blocks", targets="*")],

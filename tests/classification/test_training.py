@@ -100,8 +100,9 @@ def test_test_refuses_the_plain_models_checkpoint(trained, work, monkeypatch, ca
 
 def test_study_page():
     study = load_tool("studies/classification_study.py")
-    runs = {"plain": [(98.0, 60), (96.0, 62)], "LORST": [(97.0, 70), (98.5, 72)]}
-    results = {name: [dict(top1=t, top5=100.0, seconds=s) for t, s in found] for name, found in runs.items()}
+    runs = {"plain": [98.0, 96.0], "LORST": [97.0, 98.5], "LORSA per token": [95.0, 96.0]}
+    results = {name: [dict(top1=t, top5=100.0, seconds=60) for t in found] for name, found in runs.items()}
     page = study.page(results, jobs=2)
-    assert "| 671,040 | 97.00 | 98.00, 96.00 | 100.00 | 61 |" in page
-    assert "+0.75 points from the plain model's; seeds of one variant differ by up to 2.00 points" in page
+    assert "| 671,040 | 97.00 | 98.00, 96.00 | 100.00 |" in page
+    assert "minus the plain model's, in points: LORST +0.75, LORSA per token -1.50. Seeds of one variant" in page
+    assert "differ by up to 2.00 points" in page

@@ -13,9 +13,11 @@ from torch import nn
 
 import mmdet_lors.classification  # noqa: F401
 from mmdet_lors.engine.build import build_without_weights
+from mmdet_lors.lors.stacked_adaptive import AdaptiveResidual
 
 PLAIN_DEIT, LORS_DEIT = (f"configs/classification/deit-tiny{lors}_cifar100.py" for lors in ("", "-lors"))
 PLAIN_VIT, LORS_VIT = (f"configs/classification/vit{lors}_digits.py" for lors in ("", "-lors"))
+TOKEN_VIT, MEAN_VIT = (f"configs/classification/vit-lors-adaptive{h}_digits.py" for h in ("", "-mean"))
 LATE, EARLY = [1] * 9 + [2, 4, 6], [6, 4, 2] + [1] * 9
 
 
@@ -26,22 +28,26 @@ def appendix(name: str) -> str:
 def deit(encoder: int, attention: list[int] | None = None, ffn: list[int] | None = None, **changes) -> dict:
     """DeiT-Tiny on CIFAR-100: ``attention`` and ``ffn`` are K of LORST in each layer, None without LORST.
 
-    ``encoder`` is the layers' number of parameters.
+    ``encoder`` is the layers' number of parameters, ``condition`` what LORSA's h is, None without LORSA.
     """
-    sizes = dict(data="CIFAR100", pixels=56, layers=12, dim=192, tokens=197, loaded=None)
+    sizes = dict(data="CIFAR100", pixels=56, layers=12, dim=192, tokens=197, loaded=None, condition=None)
     return dict(sizes, rank=32, encoder=encoder, attention=attention, ffn=ffn) | changes
 
 
 def vit(encoder: int, **changes) -> dict:
     """The digits' small transformer."""
-    return deit(encoder, data="SklearnDigits", pixels=32, layers=6, dim=96, tokens=17, rank=8, **changes)
+    return deit(encoder, **dict(data="SklearnDigits", pixels=32, layers=6, dim=96, tokens=17, rank=8) | changes)
 
+
+LORS_GROUPS = dict(attention=[1, 1, 1, 1, 2, 3], ffn=[3, 2, 1, 1, 1, 1])
 
 CLASSIFIERS = {
     PLAIN_DEIT: deit(5_338_368),
     LORS_DEIT: deit(2_536_704, LATE, EARLY),
     PLAIN_VIT: vit(671_040),
-    LORS_VIT: vit(228_672, attention=[1, 1, 1, 1, 2, 3], ffn=[3, 2, 1, 1, 1, 1]),
+    LORS_VIT: vit(228_672, **LORS_GROUPS),
+    TOKEN_VIT: vit(214_308, **LORS_GROUPS, rank=3, condition="token"),
+    MEAN_VIT: vit(214_308, **LORS_GROUPS, rank=3, condition="mean"),
     appendix("table9_lorst-attention"): deit(4_490_496, attention=LATE),
     appendix("table9_lorst-ffn"): deit(3_384_576, ffn=EARLY),
     appendix("table10_row-1_recurrent"): deit(472_320, [0] * 12, [0] * 12),
@@ -89,6 +95,7 @@ def test_classifiers_build_what_the_table_says(name):
     attention = [groups([getattr(b.attn, fc) for b in network.blocks], rank) for fc in ("qkv", "proj")]
     ffn = [groups([getattr(b.mlp, fc) for b in network.blocks], rank) for fc in ("fc1", "fc2")]
     assert attention[0] == attention[1] and ffn[0] == ffn[1]
+    (condition,) = {m.condition for m in network.modules() if isinstance(m, AdaptiveResidual)} or {None}
     datasets = [cfg[f"{split}_dataloader"].dataset for split in ("train", "val", "test")]
     (data,), (pixels,) = {d.type for d in datasets}, {d.transform.input_size for d in datasets}
     assert dict(
@@ -102,6 +109,7 @@ def test_classifiers_build_what_the_table_says(name):
         encoder=count(network.blocks),
         attention=attention[0],
         ffn=ffn[0],
+        condition=condition,
     ) == dict(expected)
     assert network.patch_embed.img_size == (pixels, pixels)
     assert network.num_classes == {"CIFAR100": 100, "SklearnDigits": 10}[data]
@@ -162,8 +170,11 @@ def test_deit_decays_matrices_alone(name):
         assert decay[id(p)] == (0.05 if matrix else 0.0), key
 
 
-@pytest.mark.parametrize(("plain", "lors"), [(PLAIN_DEIT, LORS_DEIT), (PLAIN_VIT, LORS_VIT)])
-def test_a_pair_of_classifiers_differs_by_lorst_alone(plain, lors):
+@pytest.mark.parametrize(
+    ("plain", "lors"),
+    [(PLAIN_DEIT, LORS_DEIT), (PLAIN_VIT, LORS_VIT), (PLAIN_VIT, TOKEN_VIT), (PLAIN_VIT, MEAN_VIT)],
+)
+def test_a_pair_of_classifiers_differs_by_lors_alone(plain, lors):
     plain, lors = (classifier(name)[0].to_dict() for name in (plain, lors))
     assert lors["model"].pop("type") == "WithLORS" and lors["model"].pop("stacks")
     assert lors.pop("model") == dict(model=plain.pop("model"))
