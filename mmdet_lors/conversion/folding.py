@@ -6,19 +6,10 @@ import torch
 from torch import Tensor
 
 from mmdet_lors.adamixer import QueryBased
-from mmdet_lors.errors import UserError
-from mmdet_lors.lors.stacked_adaptive import NOTHING_TO_FOLD
 
 
 def folded_config(model_cfg: dict) -> dict | None:
-    """The plain model of the same groups and points; None for a model without LORS.
-
-    Raises:
-        UserError: a stack of WithLORS is adaptive.
-    """
-    for i, stack in enumerate(model_cfg.get("stacks", ())):
-        if stack.get("kind") == "adaptive":
-            raise UserError(f"model.stacks[{i}]: {NOTHING_TO_FOLD}")
+    """The plain model of the same groups and points; None for a model without LORS in an AdaMixer's decoder."""
     decoder = model_cfg.get("decoder") or {}
     return dict(model_cfg, decoder=dict(decoder, lors=None)) if decoder.get("lors") else None
 

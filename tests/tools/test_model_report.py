@@ -66,6 +66,18 @@ def test_adaptive_weights_by_hand(condition, cores):
     assert {k: v for k, v in counter.elements.items() if v} == {"": tokens * 7} | ({private: mean} if mean else {})
 
 
+def test_adaptive_weights_in_a_detector():
+    """20 queries pass the FFNs of 3 stages, 64 -> 256 -> 64, with K = 1 and r = 2."""
+    plain = load_config(LORS_DIGITS).model
+    stack = dict(layers="decoder.stages", targets="ffn.*", rank=2, kind="adaptive")
+    model = dict(type="WithLORS", model=plain, stacks=[stack])
+    before, found = (measure(cfg, (64, 64)).components["FFN"] for cfg in (plain, model))
+    per_query = 2 * (64 + 256) * 2 + (64 + 256) * 4 + 2 * 4
+    assert found.products - before.products == 3 * 20 * per_query
+    assert before.parameters - found.parameters == 2 * 2 * 64 * 256 - 3 * (per_query - 2 * 4 + 2 * 4)
+    assert folded_config(model) is None
+
+
 def test_deformable_convolutions_by_hand():
     """9 positions of 4 channels are sampled for each of 36 outputs, with 4 multiply-adds each, 1 more for the mask."""
     x = torch.zeros(1, 4, 6, 6)

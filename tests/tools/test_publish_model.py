@@ -140,6 +140,10 @@ def test_mistakes_leave_nothing_behind(arguments, message, published, root, monk
     assert not (published / "new").exists() and not list(published.glob(".*"))
 
 
-def test_nothing_to_fold(published, monkeypatch, capsys):
+def test_nothing_to_fold(published, tmp_path, monkeypatch, root, capsys):
+    adaptive = "configs/classification/vit-lors-adaptive_digits.py"
+    torch.save(MODELS.build(Config.fromfile(root / adaptive).model).state_dict(), tmp_path / "vit.pth")
+    arguments = [str(root / adaptive), str(tmp_path / "vit.pth"), str(tmp_path / "new"), "--fold"]
+    assert "nothing to fold" in refused(TOOL, arguments, monkeypatch, capsys)
     plain = str(published / "plain")
     assert "nothing to fold" in refused(TOOL, [plain, plain, str(published / "new"), "--fold"], monkeypatch, capsys)
