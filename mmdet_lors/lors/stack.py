@@ -63,7 +63,7 @@ def share_stack(
     :math:`A_i^k \in R^{r_i \times in}`; :math:`E_i^k(h) = \mathrm{reshape}(\mathrm{Linear}_i(h)) \in R^{r_i \times
     r_i}`. A, B, E and everything that is not a target, biases too, stay the layer's own.
     Sources: LORS paper, equations 7 and 8; per group of layers, with K = 0 or with init 'trained' it is a Relaxed
-    Recursive Transformer (arXiv 2410.20672). Adaptive: equations 10 to 12, and appendix A.2, which calls LORSA in
+    Recursive Transformer (arXiv 2410.20672). Adaptive: equations 11 and 12, and appendix A.2, which calls LORSA in
     Transformers a promising attempt and says no more of it: h, and W_shared as a parameter, are ours.
 
     The first layer of those that share keeps W_shared: the parameters of ``attn.qkv`` are then

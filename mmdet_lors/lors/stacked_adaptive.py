@@ -18,7 +18,7 @@ class AdaptiveResidual(nn.Module):
 
     :math:`E^k(h) = \mathrm{reshape}(\mathrm{Linear}(h)) \in R^{r \times r}` is generated; :math:`B^k \in R^{out \times
     r}` and :math:`A^k \in R^{r \times in}` are ordinary parameters, side by side: B is (out, K * r), A is (K * r, in).
-    Source: LORS paper, equations 10 to 12, with what appendix A.2 proposes for Transformers: h is the layer's input
+    Source: LORS paper, equations 11 and 12, with what appendix A.2 proposes for Transformers: h is the layer's input
     in place of a detector's query.
 
     A token costs (in + out) * K * r + (in + 1) * K * r^2 multiply-adds; no (out, in) matrix is formed for it.
