@@ -26,7 +26,7 @@ class CompressedLayer:
     error: float | None
     """Relative, ||W - V U^T|| / ||W|| (Frobenius); None when the factors do not approximate a weight."""
     output_error: float | None = None
-    """Relative, (E |(W - V U^T) x|^2 / E |W x|^2)^(1/2) over the calibration data; None without."""
+    """Relative, ||(W - V U^T) L|| / ||W L||: the root mean square of the outputs' error; None without calibration."""
 
     @property
     def multiply_adds_before(self) -> int:

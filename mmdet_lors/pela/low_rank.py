@@ -33,7 +33,7 @@ def matrix_root(moment: Tensor) -> Tensor:
 
 @torch.no_grad()
 def squared_singular_values(weight: Tensor, moment: Tensor | None = None) -> Tensor:
-    """Of W, or of W L with L L^T = C: what each direction adds to E |W x|^2. Descending, min(in, out), float64."""
+    """Of W, or of W L with L L^T = C: what each direction adds to the outputs. Descending, min(in, out), float64."""
     return _spectrum(in_float64(weight), moment)[0].clamp(min=0).flip(0)
 
 

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from itertools import product
 from statistics import mean
 
-import torch
 from matplotlib.figure import Figure
 
 from mmdet_lors.analysis.study import (
@@ -46,6 +45,7 @@ from mmdet_lors.analysis.study import (
     table,
     train,
 )
+from mmdet_lors.engine.checkpoint.reading import read_checkpoint
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError
 
@@ -152,7 +152,7 @@ class Study:
 
 def size(checkpoint: Path) -> int:
     """Parameters of a model, its norms' statistics included."""
-    return sum(value.numel() for value in torch.load(checkpoint, weights_only=False)["state_dict"].values())
+    return sum(value.numel() for value in read_checkpoint(checkpoint)["state_dict"].values())
 
 
 Found = dict[tuple, dict]
