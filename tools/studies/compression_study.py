@@ -15,10 +15,12 @@ from options import add_study_options
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="plain models of each kind (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs=2, default=(3, 3), metavar=("CLASSIFIERS", "DETECTORS"),
+                        help="plain models of each kind (default: 3 3)")  # fmt: skip
     parser.add_argument("--recovery", type=int, default=5, metavar="EPOCHS", help="(default: %(default)s)")
-    parser.add_argument("--models", nargs="+", default=["classifier", "detector"], choices=["classifier", "detector"],
-                        help="(default: both)")  # fmt: skip
+    names = ["classifier", "detector"]
+    parser.add_argument("--models", nargs="+", default=names, choices=names, help="(default: both)")
+    parser.add_argument("--recover", nargs="*", default=names, choices=names, help="train only these (default: both)")
     add_study_options(parser, "compression_study", "measured")
     return parser.parse_args()
 
@@ -26,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports that take seconds
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from statistics import mean
@@ -62,8 +64,8 @@ class Subject:
 
     name: str
     config: str
-    ratios: Sequence[int]
-    options: Sequence[str]
+    ratios: tuple[int, ...]
+    options: tuple[str, ...]
     """Of compress.py."""
     metric: str
     label: str
@@ -94,7 +96,8 @@ SUBJECTS = [
 class Study:
     """Its settings."""
 
-    recovery: int
+    recovery: Mapping[str, int]
+    """Epochs of it, by model; 0 is none."""
     work: Path
 
     def plain(self, subject: Subject, seed: int) -> dict:
@@ -122,9 +125,11 @@ class Study:
         """Compress a plain model, evaluate it, train it, and evaluate it again.
 
         Returns:
-            ``metric``, ``recovered`` and ``parameters``.
+            ``metric``, ``parameters`` and, if it is trained, ``recovered``.
         """
+        epochs = self.recovery[subject.name]
         folder = self.work / f"{subject.name}_seed-{seed}_ratio-{ratio}_{way.replace(', ', '-').replace(' ', '-')}"
+        folder = folder.with_name(f"{folder.name}_{epochs}-epochs")
 
         def work() -> dict:
             how = ["--ratio", str(ratio)]
@@ -136,16 +141,19 @@ class Study:
             call("tools/model_converters/compress.py", *command, log=folder / "log.txt")
             config = str(out.with_suffix(".py"))
             before = evaluate(config, out, folder)[subject.metric]
-            options = [f"load_from={out}", f"randomness.seed={seed}", f"train_cfg.max_epochs={self.recovery}"]
-            options += [f"optim_wrapper.optimizer.lr={subject.rate}", *last_epoch_only(self.recovery)]
+            found = dict(metric=before, parameters=size(out))
+            if not epochs:
+                return found
+            options = [f"load_from={out}", f"randomness.seed={seed}", f"train_cfg.max_epochs={epochs}"]
+            options += [f"optim_wrapper.optimizer.lr={subject.rate}", *last_epoch_only(epochs)]
             # One epoch, or iteration, of warm-up; then cosine over the rest.
             options += ["param_scheduler.0.end=1", "param_scheduler.1.begin=1"]
-            options += [f"param_scheduler.1.end={self.recovery}", f"param_scheduler.1.T_max={self.recovery - 1}"]
+            options += [f"param_scheduler.1.end={epochs}", f"param_scheduler.1.T_max={epochs - 1}"]
             recovery = folder / "recovery"
             recovery.mkdir(exist_ok=True)
             train(config, recovery, options)
-            after = evaluate(config, recovery / f"epoch_{self.recovery}.pth", recovery)
-            return dict(metric=before, recovered=after[subject.metric], parameters=size(out))
+            after = evaluate(config, recovery / f"epoch_{epochs}.pth", recovery)
+            return found | dict(recovered=after[subject.metric])
 
         return once(folder, work)
 
@@ -173,35 +181,38 @@ def section(found: Found, subject: Subject, seeds: int, recovery: int) -> list[s
         return [f"{mean(r[field] for r in results):.{subject.digits}f}", ", ".join(values)]
 
     plain = [found[subject.name, seed] for seed in range(seeds)]
-    rows = [["", "not compressed", f"{plain[0]['parameters']:,}", *cells(plain, "metric"), "", ""]]
+    header = ["ratio", "", "parameters", subject.label, "each seed's"]
+    header += [f"after {recovery} epochs", "each seed's"] if recovery else []
+    rows = [["", "not compressed", f"{plain[0]['parameters']:,}", *cells(plain, "metric"), *([""] * len(header[5:]))]]
     for ratio, way, results in sides(found, subject, seeds):
-        parameters = f"{mean(r['parameters'] for r in results):,.0f}"
-        rows.append([f"{ratio}", way, parameters, *cells(results, "metric"), *cells(results, "recovered")])
-    header = ["ratio", "", "parameters", subject.label, "each seed's", f"after {recovery} epochs", "each seed's"]
+        row = [f"{ratio}", way, f"{mean(r['parameters'] for r in results):,.0f}", *cells(results, "metric")]
+        rows.append(row + (cells(results, "recovered") if recovery else []))
     options = f", `{' '.join(subject.options)}`" if subject.options else ""
     return [f"## The {subject.name}", "", f"{link(subject.config, '../../')}{options}.", "", *table(header, rows), ""]
 
 
-def plot(found: Found, subjects: Sequence[Subject], seeds: int, picture: Path) -> None:
+def plot(found: Found, seeds: Mapping[Subject, int], picture: Path) -> None:
     """The metric over the parameters, without training (lines) and after it (dashed)."""
-    figure = Figure(figsize=(5.5 * len(subjects), 4), layout="constrained")
-    for ax, subject in zip(figure.subplots(1, len(subjects), squeeze=False)[0], subjects, strict=True):
+    figure = Figure(figsize=(5.5 * len(seeds), 4), layout="constrained")
+    for ax, (subject, number) in zip(figure.subplots(1, len(seeds), squeeze=False)[0], seeds.items(), strict=True):
         for colour, way in zip(("tab:gray", "tab:blue", "tab:red"), WAYS, strict=True):
-            points = [results for _, name, results in sides(found, subject, seeds) if name == way]
+            points = [results for _, name, results in sides(found, subject, number) if name == way]
             x = [mean(r["parameters"] for r in results) / 1e6 for results in points]
             for field, style in (("metric", "o-"), ("recovered", "s--")):
+                if field not in points[0][0]:
+                    continue
                 y = [mean(r[field] for r in results) for results in points]
                 ax.plot(x, y, style, color=colour, label=way if field == "metric" else None)
-        ax.axhline(mean(found[subject.name, seed]["metric"] for seed in range(seeds)), color="black", lw=1, ls=":")
+        ax.axhline(mean(found[subject.name, seed]["metric"] for seed in range(number)), color="black", lw=1, ls=":")
         ax.set(xlabel="parameters, M", ylabel=subject.label, title=subject.name)
         ax.legend()
     figure.savefig(picture, dpi=120)
 
 
-def page(found: Found, subjects: Sequence[Subject], seeds: int, study: Study, jobs: int, picture: str) -> str:
+def page(found: Found, seeds: Mapping[Subject, int], study: Study, command: str, jobs: int) -> str:
     """The study as Markdown."""
-    chosen = "" if len(subjects) == len(SUBJECTS) else f" --models {' '.join(s.name for s in subjects)}"
-    command = f"--seeds {seeds} --jobs {jobs} --recovery {study.recovery}{chosen}"
+    trained = {s.name: study.recovery[s.name] for s in seeds if study.recovery[s.name]}
+    recovery = ", ".join(f"of the {name} {epochs} epochs" for name, epochs in trained.items()) or "none"
     lines = [
         "# What data and a budget add to low rank",
         "",
@@ -209,16 +220,16 @@ def page(found: Found, subjects: Sequence[Subject], seeds: int, study: Study, jo
         "",
         *table(["way", ""], [[way, what] for way, what in WAYS.items()]),
         "",
-        f"Parameters count the norms' statistics too. Recovery is {study.recovery} epochs of the config's own training "
-        "from the compressed model, without a teacher. 256 training images are used for the outputs and the ranks.",
+        "Parameters count the norms' statistics too. 256 training images are used for the outputs and the ranks. "
+        f"Recovery is the config's own training from the compressed model, without a teacher: {recovery}.",
         "",
-        f"![accuracy over parameters]({picture})",
+        "![accuracy over parameters](compression_study.png)",
         "",
         "Solid: without any training. Dashed: after recovery. Dotted: not compressed.",
         "",
     ]
-    for subject in subjects:
-        lines += section(found, subject, seeds, study.recovery)
+    for subject, number in seeds.items():
+        lines += section(found, subject, number, study.recovery[subject.name])
     lines += [
         "**What this shows, and what it does not.** The models and their data are small; it says nothing about COCO or "
         "ImageNet.",
@@ -230,13 +241,14 @@ def page(found: Found, subjects: Sequence[Subject], seeds: int, study: Study, jo
 def main() -> None:
     """Run what is missing, then write page and figure."""
     args = parse_args()
-    if min(args.seeds, args.jobs) < 1:
+    if min(*args.seeds, args.jobs) < 1:
         raise UserError("--seeds and --jobs must be 1 or more")
     if args.recovery < 2:
         raise UserError("--recovery must be 2 or more: the first epoch warms up")
-    study = Study(args.recovery, args.work_dir.absolute())
-    subjects = [subject for subject in SUBJECTS if subject.name in args.models]
-    plain = [(subject, seed) for subject in subjects for seed in range(args.seeds)]
+    recovery = {subject.name: args.recovery if subject.name in args.recover else 0 for subject in SUBJECTS}
+    study = Study(recovery, args.work_dir.absolute())
+    seeds = {s: number for s, number in zip(SUBJECTS, args.seeds, strict=True) if s.name in args.models}
+    plain = [(subject, seed) for subject, number in seeds.items() for seed in range(number)]
     # Plain SVD first: it says how many parameters the budget has.
     firsts = [(s, seed, ratio, "plain SVD") for s, seed in plain for ratio in s.ratios]
     rest = [(s, seed, ratio, way) for s, seed, ratio, _ in firsts for way in list(WAYS)[1:]]
@@ -248,8 +260,10 @@ def main() -> None:
             after = f", recovered {outcome['recovered']:.3f}" if "recovered" in outcome else ""
             print(*named, f"{outcome['metric']:.3f}{after}", flush=True)
     picture = args.out.with_suffix(".png")
-    plot(found, subjects, args.seeds, picture)
-    args.out.write_text(page(found, subjects, args.seeds, study, args.jobs, picture.name))
+    plot(found, seeds, picture)
+    command = f"--seeds {' '.join(map(str, args.seeds))} --recovery {args.recovery} --jobs {args.jobs}"
+    command += f" --models {' '.join(args.models)} --recover {' '.join(args.recover)}"
+    args.out.write_text(page(found, seeds, study, command, args.jobs))
     print(f"wrote {args.out} and {picture}")
 
 
