@@ -63,6 +63,7 @@ setup(
         # mmsegmentation imports the other two without asking for them.
         "seg": ["mmsegmentation>=1.2,<2", "ftfy>=6", "regex"],
         "vl": ["transformers>=5,<6"],
+        "lora": ["peft>=0.17,<1"],
         "web": ["nicegui>=3,<4", "starlette>=1.6"],
         "tests": ["pytest>=7", "hypothesis>=6", "ruff>=0.6", "mypy>=1.19"],
         "export": ["torch>=2.6", "onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],

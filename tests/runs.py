@@ -79,24 +79,30 @@ optim_wrapper = dict(paramwise_cfg=dict(flat_decay_mult=0.0))
 default_hooks["average"] = dict(type="EMAHook", momentum=0.1)
 """
 )
+LORA = """
+model = dict(checkpoint={teacher!r})
+"""
 KINDS = {
     "plain": ("adamixer/adamixer_r18_digits.py", DETECTOR),
     "lors": ("lors/adamixer-lors_r18_digits.py", DETECTOR),
     "classification": ("classification/vit_digits.py", CLASSIFIER),
     "lors-classification": ("classification/vit-lors_digits.py", LORS_CLASSIFIER),
     "pela": ("pela/adamixer-lors_pela-swin_digits.py", DETECTOR + PELA),
+    "lora": ("lora/adamixer-lora_r18_digits.py", DETECTOR + LORA),
     "pela-distillation": ("pela/pela-distiller_vit_digits.py", DISTILLER),
     "pela-as-released": ("pela/pela-distiller_vit_digits.py", RELEASED),
 }
 """What is trained: a config of this project, and what makes it small and its augmentation and dropout random."""
+TEACHERS = {"lora": "plain", "pela-distillation": "classification", "pela-as-released": "classification"}
+"""Whose weights it starts from."""
 
 
 def write_config(kind: str, folder: Path, data: Path, more: str = "", name: str = "") -> Path:
     """A config of seconds: 2 epochs of 3 iterations, a validation after each, a checkpoint at iterations 4 and 6."""
     base, text = KINDS[kind]
     teacher = folder / "teacher.pth"
-    if kind.startswith("pela-") and not teacher.exists():
-        trained = MODELS.build(mmengine_config.Config.fromfile(write_config("classification", folder, data)).model)
+    if kind in TEACHERS and not teacher.exists():
+        trained = MODELS.build(mmengine_config.Config.fromfile(write_config(TEACHERS[kind], folder, data)).model)
         torch.save(dict(state_dict=trained.state_dict()), teacher)
     path = folder / f"{name or kind}.py"
     text = (SMALL + text).replace("{bases!r}", repr(str(ROOT / "configs" / base)))

@@ -44,6 +44,13 @@ def distiller(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def with_lora(folder: Path) -> nn.Module:
+    cfg = Config.fromfile(ROOT / "configs/lora/adamixer-lora_r18_digits.py").model
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / "base.pth")
+    cfg.checkpoint = str(folder / "base.pth")
+    return randomised(MODELS.build(cfg))
+
+
 def stack() -> nn.Module:
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
@@ -62,6 +69,7 @@ MODELS_TO_BUILD = {
     "AdaMixer with LORS, served": lambda folder: serve(random_lors(load_config(LORS_DIGITS).model)),
     "DINO WithLORS": lambda folder: of_config("lors/other_detectors/dino-lors_r18_digits.py"),
     "AdaMixer on a compressed Swin": lambda folder: of_config("pela/adamixer-lors_pela-swin_digits.py"),
+    "AdaMixer with LoRA": lambda folder: with_lora(folder),
     "distiller": distiller,
     "classifier": lambda folder: distiller(folder).student,
     "shared nn.TransformerEncoder": lambda folder: stack(),

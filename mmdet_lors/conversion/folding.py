@@ -1,31 +1,37 @@
-"""Folding: an AdaMixer with LORS is exactly some plain AdaMixer, bigger on disk and free of LORS's extra work."""
+"""Folding: a model with LoRA, or an AdaMixer with LORS, is exactly some plain model, free of their extra work."""
 
 from copy import deepcopy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmdet_lors.adamixer import QueryBased
+from mmdet_lors.with_lora import merged, without_lora
 
 
 def folded_config(model_cfg: dict) -> dict | None:
-    """The plain model of the same groups and points; None for a model without LORS in an AdaMixer's decoder."""
+    """The model without LoRA; if it has none, an AdaMixer without LORS; None for a model that has neither."""
+    if (plain := without_lora(model_cfg)) != model_cfg:
+        return plain
     decoder = model_cfg.get("decoder") or {}
     return dict(model_cfg, decoder=dict(decoder, lors=None)) if decoder.get("lors") else None
 
 
 @torch.no_grad()
-def folded_state_dict(model: QueryBased, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The state dict of the plain detector that a detector with LORS is equal to; the detector is left as it is.
+def folded_state_dict(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    r"""The state dict of the model of :func:`folded_config`, of equal outputs; the model is left as it is.
 
-    Stage i gets as its own W_gen,i = W_shared + sum_k (B_i^k (.) A_i^k applied to the columns of E_i^k) from LORSA, and
+    A layer with LoRA gets :math:`W_0 + \frac{\alpha}{r} B A`. Of an AdaMixer with LORS, stage i gets as its own
+    W_gen,i = W_shared + sum_k (B_i^k (.) A_i^k applied to the columns of E_i^k) from LORSA, and
     W_out,i = W_shared + B_i A_i from LORST. The sums are taken in float64, on the CPU as not every device has it, and
     rounded once.
 
     Args:
-        model: a detector whose decoder has LORSA, LORST or both.
+        model: one with LoRA, or a detector whose decoder has LORSA, LORST or both.
         dtype: data type of floating-point weights.
     """
+    if any(hasattr(module, "lora_layers") for module in model.modules()):
+        device, state = next(model.parameters()).device, merged(model).state_dict()
+        return {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in state.items()}
     decoder = model.decoder
     state = {k: v for k, v in model.state_dict().items() if not k.startswith(("decoder.lorsa.", "decoder.lorst."))}
     state = {k: v.to(dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in state.items()}

@@ -41,7 +41,7 @@ def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) ->
             omitted[layer] = paths
         else:
             chosen[layer] = paths
-    whole = {layer: reason for layer in chosen if (reason := _why_whole(layer))}
+    whole = {layer: reason for layer in chosen if (reason := why_whole(layer))}
     chosen = {layer: paths for layer, paths in chosen.items() if layer not in whole}
     strangers = {
         p: f"{name}.{key}".lstrip(".")
@@ -68,7 +68,7 @@ def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) ->
     raise ValueError(f"the model has no {kind} to compress; {'; '.join(reasons)}")
 
 
-def _why_whole(layer: Layer) -> str | None:
+def why_whole(layer: Layer) -> str | None:
     """Why factors cannot stand in for this layer, whatever else the model has."""
     kind = type(layer).__name__
     for name in ("weight", "bias"):

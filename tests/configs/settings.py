@@ -25,6 +25,10 @@ REGIONS = 16
 """Proposals of a two-stage detector, and those of them that it learns from."""
 
 
+TEACHERS = {"teacher_checkpoint": "teacher", "checkpoint": "model"}
+"""Fields that name the weights of a model, and where its config is."""
+
+
 def settings(cfg: Config, folder: Path) -> dict[str, Any]:
     """--cfg-options for two iterations, a validation and a checkpoint of this config.
 
@@ -59,8 +63,7 @@ def settings(cfg: Config, folder: Path) -> dict[str, Any]:
             found[f"{place}.num"] = REGIONS
         if place.endswith((".rpn", ".rpn_proposal")) and "max_per_img" in node:
             found[f"{place}.max_per_img"] = REGIONS
-    if "teacher_checkpoint" in cfg.model:
-        found["model.teacher_checkpoint"] = str(folder / "teacher.pth")
+    found |= {f"model.{field}": str(folder / "teacher.pth") for field in TEACHERS if field in cfg.model}
     if cfg.train_cfg.get("type") == "IterBasedTrainLoop" or cfg.train_cfg.get("by_epoch") is False:
         return found | {"train_cfg.max_iters": 2, "train_cfg.val_interval": 2, "default_hooks.checkpoint.interval": 2}
     found |= {"train_cfg.max_epochs": 1, "train_cfg.val_interval": 1, "default_hooks.checkpoint.interval": 1}
@@ -77,12 +80,12 @@ def one_more(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_teacher(cfg: Config, options: dict[str, Any]) -> None:
-    """Random weights for a distillation to learn from."""
-    path = options.get("model.teacher_checkpoint")
-    if path:
-        changed = cfg.copy()
-        changed.merge_from_dict(options, allow_list_keys=True)
-        torch.save(dict(state_dict=MODELS.build(changed.model.teacher).state_dict()), path)
+    """Random weights for a distillation to learn from, or for LoRA to start from."""
+    for field, model in TEACHERS.items():
+        if path := options.get(f"model.{field}"):
+            changed = cfg.copy()
+            changed.merge_from_dict(options, allow_list_keys=True)
+            torch.save(dict(state_dict=MODELS.build(changed.model[model]).state_dict()), path)
 
 
 def arguments(options: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ REPRESENTATIVES = {
     "pela/pela-distiller_deit-base_imagenet": "distiller",
     "pela/upernet_pela-swin-base_8xb2-160k_ade20k-512x512": "UperNet",
     "lors/adamixer-lors_r18_digits": "digits",
+    "lora/adamixer-lora_r18_digits": "LoRA",
 }
 """What runs by default: one config of every base."""
 CONFIGS = sorted(

@@ -39,8 +39,8 @@ ZOO = [
 
 
 ELSEWHERE = ("configs/_base_/", "configs/classification/", "configs/lors/other_detectors/", "configs/pela/")
-ELSEWHERE += ("configs/lors/adamixer_lors_r18_digits_new_style.py",)
-"""No row here: parts of configs, and what the tests of classification, of PELA, of new-style configs and
+ELSEWHERE += ("configs/lors/adamixer_lors_r18_digits_new_style.py", "configs/lora/")
+"""No row here: parts of configs, and what the tests of classification, of PELA, of LoRA, of new-style configs and
 tests/configs/test_other_detectors.py have."""
 
 

@@ -1,7 +1,8 @@
-"""Fold a trained AdaMixer with LORS into the equivalent plain AdaMixer.
+"""Fold a trained AdaMixer with LORS, or any model with LoRA, into the equivalent plain model.
 
-Writes a checkpoint, OUT, and beside it its config, OUT with the ending .py. Both work wherever a plain AdaMixer does:
-tools/test.py OUT.py OUT.pth. The result is as large as a plain AdaMixer, without any extra cost of LORS.
+Writes a checkpoint, OUT, and beside it its config, OUT with the ending .py. Both work wherever the plain model does:
+tools/test.py OUT.py OUT.pth. The result is as large as the plain model, without any extra cost of LORS or LoRA. Of an
+AdaMixer that has both, LoRA is folded; fold the result to fold LORS.
 """
 
 import argparse
@@ -15,7 +16,7 @@ def parse_args() -> argparse.Namespace:
         epilog=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="config of the AdaMixer with LORS")
+    parser.add_argument("config", help="config of the AdaMixer with LORS, or of the model with LoRA")
     parser.add_argument("checkpoint", help="its checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT.pth", help="checkpoint to write")
     parser.add_argument(
@@ -35,9 +36,9 @@ from mmdet.registry import MODELS
 
 from mmdet_lors.analysis.arguments import check_writable
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
-from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
+from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
-from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError
 
 
@@ -49,10 +50,10 @@ def main() -> None:
     if args.out == config:
         raise UserError(f"OUT {args.out}: must be a checkpoint file, not .py")
 
-    cfg = read_config(args.config)
+    cfg = load_config(args.config)
     plain = folded_config(cfg.model)
     if plain is None:
-        raise UserError(f"{args.config}: model.decoder.lors is not set: there is nothing to fold")
+        raise UserError(f"{args.config}: no LoRA, and model.decoder.lors is not set: there is nothing to fold")
     model = MODELS.build(cfg.model)
     weights, meta = read_weights(args.checkpoint, model)
     model.load_state_dict(weights)

@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="its checkpoint")
     parser.add_argument("out", type=Path, metavar="DIR", help="folder to write; it must not exist or be empty")
-    parser.add_argument("--fold", action="store_true", help="fold LORS: a plain AdaMixer, as large as one")
+    parser.add_argument("--fold", action="store_true", help="fold LoRA, or LORS: the plain model, as large as one")
     parser.add_argument("--metrics", type=Path, metavar="FILE", help="for the card: what tools/test.py --metrics wrote")
     parser.add_argument("--license", default="unknown", metavar="NAME", help="for the card (default: %(default)s)")
     return parser.parse_args()
@@ -111,7 +111,7 @@ def main() -> None:
     if args.fold:
         plain = folded_config(cfg.model)
         if plain is None:
-            raise UserError(f"--fold: {args.config} has no AdaMixer with LORS, there is nothing to fold")
+            raise UserError(f"--fold: {args.config} has no LoRA and no AdaMixer with LORS, there is nothing to fold")
         weights, cfg.model = folded_state_dict(model), plain
         model = build_without_weights(cfg.model)
     else:
