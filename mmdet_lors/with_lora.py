@@ -165,9 +165,10 @@ def _load(checkpoint: str, model: nn.Module, trained: Sequence[str]) -> set[str]
     found = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu", logger="silent")
     weights = {k.removeprefix("module."): v for k, v in found.get("state_dict", found).items()}
     ours = model.state_dict()
-    new = {k: ours[k] for k in trained if k not in weights or weights[k].shape != ours[k].shape}
-    check_fit(model, weights | new, checkpoint)
-    model.load_state_dict(weights | new)
+    new = {k for k in trained if k not in weights or weights[k].shape != ours[k].shape}
+    # Zeros, since a model that is built to be checked has no values.
+    check_fit(model, weights | {k: torch.zeros_like(ours[k]) for k in new}, checkpoint)
+    model.load_state_dict({k: v for k, v in weights.items() if k not in new}, strict=False)
     return ours.keys() - new
 
 

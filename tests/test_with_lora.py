@@ -39,12 +39,13 @@ MODELS_TO_ADAPT = {
 class Net(BaseModule):
     """A convolution, a BatchNorm, two Linears and an attention; its ``init_weights()`` fills all Linears anew."""
 
-    def __init__(self, classes: int = 3, init_cfg: dict | None = None) -> None:
+    def __init__(self, classes: int = 3, fill: float = 0.0, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         self.conv, self.norm = nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6)
         self.grouped = nn.Conv2d(6, 6, 1, groups=2)
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.hidden, self.head = nn.Linear(6, 5), nn.Linear(5, classes)
+        nn.init.constant_(self.head.weight, fill)
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -191,8 +192,8 @@ def test_init_weights_is_the_models_own_and_leaves_adapters_as_they_start(base):
     model = MODELS.build(config())
     model.init_weights()
     assert (model.hidden.base_layer.weight == 0.5).all() and not model.hidden.lora_B.default.weight.any()
-    # What the file has stays; a head for more classes is the model's own, also after init_weights().
-    model = MODELS.build(config(classes=4, checkpoint=path, train=["head.*"]))
+    # What the file has stays; a head for more classes is the model's own, whatever it has before init_weights().
+    model = MODELS.build(config(classes=4, inner=dict(fill=torch.nan), checkpoint=path, train=["head.*"]))
     model.init_weights()
     assert torch.equal(model.hidden.base_layer.weight, net.hidden.weight) and (model.head.weight == 0.5).all()
     copied = deepcopy(model)

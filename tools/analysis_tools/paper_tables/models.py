@@ -23,16 +23,21 @@ DEIT = "classification/deit-tiny_cifar100"
 Figures = dict[str, float]
 
 
-def read(config: str, changes: dict | None = None, whole: bool = False) -> dict:
+def read(config: str, changes: dict | None = None, whole: bool = False, lora: int | None = None) -> dict:
     """The model of a config below configs/, or of a package if its name has '::', with these fields changed.
 
     Args:
         config: its name; without '.py' if below configs/.
         changes: fields of the model.
         whole: with the uncompressed backbone in place of the compressed one.
+        lora: rank of LoRA on every Linear of the uncompressed backbone's blocks.
     """
     model = (get_config(config) if "::" in config else Config.fromfile(CONFIGS / f"{config}.py")).model
-    return merged(dict(model, backbone=model["backbone"]["backbone"]) if whole else model, changes or {})
+    if whole or lora:
+        model = dict(model, backbone=model["backbone"]["backbone"])
+    if lora:
+        model["backbone"] = dict(type="mmdet.WithLoRA", model=model["backbone"], targets=["*blocks.*"], rank=lora)
+    return merged(model, changes or {})
 
 
 def detector(config: str, size=(1280, 800), changes: dict | None = None, folded: bool = False) -> Figures:
