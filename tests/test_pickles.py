@@ -44,11 +44,10 @@ def distiller(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def with_lora(folder: Path) -> nn.Module:
+def with_lora() -> nn.Module:
+    """Without a checkpoint, so that its state dict is whole."""
     cfg = Config.fromfile(ROOT / "configs/lora/adamixer-lora_r18_digits.py").model
-    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / "base.pth")
-    cfg.checkpoint = str(folder / "base.pth")
-    return randomised(MODELS.build(cfg))
+    return randomised(MODELS.build(dict(cfg, checkpoint=None)))
 
 
 def stack() -> nn.Module:
@@ -69,7 +68,7 @@ MODELS_TO_BUILD = {
     "AdaMixer with LORS, served": lambda folder: serve(random_lors(load_config(LORS_DIGITS).model)),
     "DINO WithLORS": lambda folder: of_config("lors/other_detectors/dino-lors_r18_digits.py"),
     "AdaMixer on a compressed Swin": lambda folder: of_config("pela/adamixer-lors_pela-swin_digits.py"),
-    "AdaMixer with LoRA": lambda folder: with_lora(folder),
+    "AdaMixer with LoRA": lambda folder: with_lora(),
     "distiller": distiller,
     "classifier": lambda folder: distiller(folder).student,
     "shared nn.TransformerEncoder": lambda folder: stack(),

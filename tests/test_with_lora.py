@@ -1,5 +1,6 @@
 """WithLoRA: its equation, what is trained and kept, plain files and files of adapters, merging, wrong settings."""
 
+import pickle
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -162,7 +163,9 @@ def test_files_of_adapters_are_exchanged_in_one_model(base, tmp_path):
         model.load_state_dict(read_checkpoint(file)["state_dict"])
         assert torch.equal(model(x), output)
     load_checkpoint(model, files[0], strict=True)  # mmengine's
-    assert torch.equal(model(x), expected[0])
+    copied = pickle.loads(pickle.dumps(model))
+    assert torch.equal(model(x), expected[0]) and torch.equal(copied(x), expected[0])
+    assert list(copied.state_dict()) == list(model.state_dict())
     check_fit(model, read_checkpoint(files[0]), files[0])
     with pytest.raises(UserError, match=r"base\.pth is of another architecture"):
         check_fit(model, read_checkpoint(path), path)
