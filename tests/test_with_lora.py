@@ -33,8 +33,12 @@ MODELS_TO_ADAPT = {
         lambda: load_mmdets("retinanet/retinanet_r18_fpn_1x_coco.py"),
         ["neck.*.conv", "bbox_head.*.conv", "bbox_head.retina_cls"],
     ),
+    "classifier": (
+        lambda: Config.fromfile(ROOT / "configs/classification/vit_digits.py").model,
+        ["network.blocks.*"],
+    ),
 }
-"""Detectors, and layers of theirs."""
+"""Models, and layers of theirs."""
 
 
 class Net(BaseModule):
@@ -207,7 +211,7 @@ def test_init_weights_is_the_models_own_and_leaves_adapters_as_they_start(base):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS_TO_ADAPT)
-def test_merged_detectors_give_equal_outputs(name, tmp_path):
+def test_merged_models_give_equal_outputs(name, tmp_path):
     cfg, targets = MODELS_TO_ADAPT[name]
     plain = MODELS.build(cfg())
     plain.init_weights()
@@ -215,7 +219,7 @@ def test_merged_detectors_give_equal_outputs(name, tmp_path):
     model = randomised(MODELS.build(lora), std=0.02)
     again = MODELS.build(without_lora(lora)).eval()
     again.load_state_dict({k: v.float() for k, v in merged(model).state_dict().items()})
-    images = torch.randn(2, 3, 96, 128)
+    images = torch.randn(2, 1, 32, 32) if name == "classifier" else torch.randn(2, 3, 96, 128)
     ours, theirs, before = (outputs(m, images) for m in (model, again, plain.eval()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -223,11 +227,12 @@ def test_merged_detectors_give_equal_outputs(name, tmp_path):
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """What a detector computes of images, without post-processing."""
+    """What a model computes of images, without post-processing."""
     if hasattr(model, "decoder") and not hasattr(model, "bbox_head"):
         return [value for stage in model._forward(images) for value in (stage.cls_score, stage.bboxes)]
     samples = data_samples([0] * len(images), tuple(images.shape[2:]), 1)
     found = model(images, samples, mode="tensor")
+    found = [found] if isinstance(found, Tensor) else found
     return [value for kind in found for value in ([kind] if isinstance(kind, Tensor) else kind)]
 
 
