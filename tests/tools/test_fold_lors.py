@@ -65,7 +65,11 @@ def test_a_value_too_large_for_the_data_type_is_refused(trained, tmp_path, monke
     ("config", "out", "message"),
     [
         (PLAIN_DIGITS, "plain.pth", r"model.decoder.lors is not set: there is nothing to fold"),
-        (ADAPTIVE, "plain.pth", r"vit-lors-adaptive_digits.py: no LoRA, and model.decoder.lors is not set: there is nothing to fold"),
+        (
+            ADAPTIVE,
+            "plain.pth",
+            r"vit-lors-adaptive_digits.py: no LoRA, and model.decoder.lors is not set",
+        ),
         (LORS_DIGITS, "none/plain.pth", r"OUT .*: must be a file in a folder that exists"),
         (LORS_DIGITS, "plain.py", r"OUT .*: must be a checkpoint file, not .py"),
         ("configs/lors/adamixer-lors_r50_100-queries_1x_coco.py", "plain.pth", r"of another architecture"),

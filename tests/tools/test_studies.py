@@ -191,3 +191,54 @@ def test_plain_models_of_the_classification_study_serve_when_they_are_as_long(ru
 )
 def test_pela_study_refuses(arguments, message, monkeypatch, capsys):
     assert message in refused(TOOL, arguments, monkeypatch, capsys)
+
+
+def test_compression_study_runs_and_reports_what_it_found(tmp_path, monkeypatch):
+    tool, name = load_tool("studies/compression_study.py"), "studies/compression_study.py"
+    calls: list[tuple] = []
+
+    def compress(script: str, config: str, checkpoint: str, out: str, *options: str, log) -> None:
+        calls.append((config, options))
+        size = 40 if "--images" in options else 30
+        torch.save(dict(state_dict=dict(weight=torch.zeros(size))), out)
+
+    def train(config: str, folder, options) -> float:
+        epochs = next(option.split("=")[1] for option in options if ".checkpoint.interval=" in option)
+        torch.save(dict(state_dict=dict(weight=torch.zeros(100))), folder / f"epoch_{epochs}.pth")
+        calls.append(("train", options))
+        return 1.0
+
+    def evaluate(config: str, checkpoint, folder) -> dict:
+        value = 98.0 if "ratio" not in str(folder) else 90.0 if folder.name == "recovery" else 50.0
+        return {"accuracy/top1": value, "coco/bbox_mAP": value / 100}
+
+    for function, stand_in in (("call", compress), ("train", train), ("evaluate", evaluate)):
+        monkeypatch.setattr(tool, function, stand_in)
+    out = tmp_path / "page.md"
+    arguments = ["--seeds", "2", "1", "--jobs", "1", "--recover", "classifier", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--work-dir", str(tmp_path / "work")])
+    tool.main()
+    budgets = [options for _, options in calls if "--params" in options]
+    assert len(budgets) == 2 * 4 + 3 and all(options[:2] == ("--params", "40") for options in budgets)
+    assert sum("--convolutions" in options for _, options in calls) == 3 * 3
+    recoveries = [options for what, options in calls if what == "train" and any("load_from" in o for o in options)]
+    assert len(recoveries) == 2 * 4 * 3  # the classifier's alone
+    page = out.read_text()
+    assert "| 12 | calibrated, budget | 30 | 50.00 | 50.00, 50.00 | 90.00 | 90.00, 90.00 |" in page
+    assert "| 4 | plain SVD | 40 | 0.500 | 0.500 |\n" in page
+    assert "|  | not compressed | 100 | 0.980 | 0.980 |\n" in page and out.with_suffix(".png").is_file()
+
+    done = len(calls)
+    tool.main()
+    assert len(calls) == done and out.read_text() == page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0", "1"], "--seeds and --jobs must be 1 or more"),
+        (["--recovery", "1"], "--recovery must be 2 or more: the first epoch warms up"),
+    ],
+)
+def test_compression_study_refuses(arguments, message, monkeypatch, capsys):
+    assert message in refused("studies/compression_study.py", arguments, monkeypatch, capsys)
