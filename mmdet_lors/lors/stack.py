@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .allocation import PerLayer, per_layer
 from .stacked import SUFFIX, StackedWeight, attach, computed_names, detach
-from .stacked_adaptive import CONDITIONS, NOTHING_TO_FOLD, AdaptiveStackedWeight
+from .stacked_adaptive import CONDITIONS, AdaptiveStackedWeight
 from .static import LORST
 from .targets import check_called, check_weights, checked_layers, groups_of, resolve, setting, sharable
 from .warm_start import FitError, fit_lorst_
@@ -200,7 +200,9 @@ def _static_stacks(layers: Iterable[nn.Module]) -> list[list[_Place]]:
     stacks = _stacks(layers)
     for place in (place for places in stacks for place in places):
         if isinstance(place.weight, AdaptiveStackedWeight):
-            raise ValueError(f"layers: {place.path}: {NOTHING_TO_FOLD}")
+            raise ValueError(
+                f"layers: {place.path}: adaptive weights depend on the input: there is nothing to fold into"
+            )
     return stacks
 
 

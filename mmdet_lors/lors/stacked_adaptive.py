@@ -10,7 +10,6 @@ from .stacked import StackedWeight
 from .static import LORST
 
 CONDITIONS = ("token", "mean")
-NOTHING_TO_FOLD = "adaptive weights depend on the input: there is nothing to fold into"
 
 
 class AdaptiveResidual(nn.Module):
