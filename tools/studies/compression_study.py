@@ -220,8 +220,8 @@ def page(found: Found, seeds: Mapping[Subject, int], study: Study, command: str,
         "",
         *table(["way", ""], [[way, what] for way, what in WAYS.items()]),
         "",
-        "Parameters count the norms' statistics too; a budget does not, and may be larger by them. 256 training images are "
-        "used for the outputs and the ranks. "
+        "Parameters count the norms' statistics too; a budget does not, and may be larger by them. 256 training images "
+        "are used for the outputs and the ranks. "
         f"Recovery is the config's own training from the compressed model, without a teacher: {recovery}.",
         "",
         "![accuracy over parameters](compression_study.png)",
