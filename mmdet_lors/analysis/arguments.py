@@ -6,6 +6,7 @@ from pathlib import Path
 from mmdet_lors.errors import UserError
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
 def check_writable(option: str, path: Path, formats: tuple[str, ...] = PICTURES) -> None:
@@ -37,3 +38,15 @@ def width_and_height(option: str, text: str, smallest: int = 1, multiple: int = 
         limits = f"multiples of {multiple}" if multiple > 1 else f"{smallest} or more"
         raise UserError(f"{option} {text!r} must be WIDTHxHEIGHT in pixels, both {limits}, such as 1280x800")
     return size
+
+
+def quantity(option: str, text: str, whole: float) -> float:
+    """'30M' -> 30e6, '60%' -> 0.6 of the whole.
+
+    Raises:
+        UserError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(k|M|G|%|)", text)
+    if match is None:
+        raise UserError(f"{option} {text!r} must be a number, such as 30M, 900k or 60%")
+    return float(match[1]) * (whole / 100 if match[2] == "%" else UNITS[match[2]])

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import PerLayer, per_layer
+from .budget import ranks_for_budget
 from .stacked import SUFFIX, StackedWeight, attach, computed_names, detach
 from .stacked_adaptive import CONDITIONS, AdaptiveStackedWeight
 from .static import LORST
-from .targets import check_called, check_weights, checked_layers, groups_of, resolve, setting, sharable
+from .targets import Stack, checked_layers, setting, sharable, stacks_of
 from .warm_start import FitError, fit_lorst_
 
 INITS = ("first", "paper", "trained")
@@ -52,6 +53,7 @@ def share_stack(
     turns: int = 1,
     kind: str = "static",
     condition: str = "token",
+    budget: int | None = None,
 ) -> dict[str, list[FitError]]:
     r"""Turn the named weights of a stack of layers into LORST, or Linears into LORSA, in place.
 
@@ -86,6 +88,8 @@ def share_stack(
             both are W_shared.
         condition: for 'adaptive', what h is: 'token', x of each token, or 'mean', the mean over all tokens of an
             element of the batch, see :class:`.AdaptiveResidual`.
+        budget: for 'trained', parameters of all these weights together; :func:`ranks_for_budget` spends it, instead of
+            ``rank`` and ``groups``.
 
     Returns:
         For 'trained', per weight one relative error per layer: what W_shared alone and what the fit leaves over, each
@@ -97,9 +101,6 @@ def share_stack(
             min(out, in); for 'adaptive' a weight that its module reads, such as an in-projection.
     """
     layers = checked_layers(layers)
-    targets = [targets] if isinstance(targets, str) else targets
-    if not isinstance(targets, Sequence) or not targets:
-        raise ValueError(f"targets must be one or more names, got {targets!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     (turns,) = per_layer("turns", turns, 1, minimum=1)
@@ -109,41 +110,34 @@ def share_stack(
         raise ValueError(f"condition must be one of {', '.join(CONDITIONS)}, got {condition!r}")
     if kind == "static" and condition != "token":
         raise ValueError(f"condition {condition!r} is for kind='adaptive'; static weights have none")
+    if budget is not None:
+        if (init, kind, rank, groups) != ("trained", "static", 8, 1):
+            raise ValueError("budget chooses rank and groups, for init='trained' and kind='static': give neither")
+        targets, rank, groups = ranks_for_budget(layers, targets, budget, share).values()
     for field, value in (("rank", rank), ("groups", groups)):
         if isinstance(value, Mapping) and (unknown := [key for key in value if key not in targets]):
             raise ValueError(f"{field} has an entry for {unknown[0]!r}, which is none of the targets")
-    sharing = groups_of(share, len(layers))
 
-    plan: list[tuple[str, list[int], list[tuple[int, int]]]] = []
-    places = [sharable(layer) for layer in layers]
-    for name, target in resolve(layers, targets).items():
-        for i, place in enumerate(places):
-            if place[name][1] in computed_names(place[name][0]):
-                raise ValueError(f"targets: layer {i}'s {name} is shared already")
-            if kind == "adaptive":
-                check_called(i, layers[i], name, place[name][0])
-        ranks = setting("rank", rank, target, len(layers), minimum=1)
-        counts = setting("groups", groups, target, len(layers), minimum=0)
-        for members in sharing:
-            weights = {i: getattr(*places[i][name]) for i in members}
-            check_weights(name, weights)
-            most = min(weights[members[0]].shape)
-            for i in members:
-                if ranks[i] * counts[i] > most:
-                    raise ValueError(
-                        f"rank: layer {i}'s {name} has rank {ranks[i]} x {counts[i]} groups = {ranks[i] * counts[i]}, "
-                        f"above {most}, the smaller side of the weight"
-                    )
-            plan.append((name, members, [(ranks[i], counts[i]) for i in members]))
+    plan: list[tuple[Stack, list[tuple[int, int]]]] = []
+    for stack in stacks_of(layers, targets, share, kind == "adaptive"):
+        ranks = setting("rank", rank, stack.target, len(layers), minimum=1)
+        counts = setting("groups", groups, stack.target, len(layers), minimum=0)
+        for i, weight in stack.weights.items():
+            if ranks[i] * counts[i] > (most := min(weight.shape)):
+                raise ValueError(
+                    f"rank: layer {i}'s {stack.name} has rank {ranks[i]} x {counts[i]} groups = "
+                    f"{ranks[i] * counts[i]}, above {most}, the smaller side of the weight"
+                )
+        plan.append((stack, [(ranks[i], counts[i]) for i in stack.weights]))
 
     report: dict[str, list[FitError]] = {}
-    for name, members, sizes in plan:
-        plain = [getattr(*places[i][name]) for i in members]
+    places = [sharable(layer) for layer in layers]
+    for (name, _, weights), sizes in plan:
         static = [r * K if kind == "static" else 0 for r, K in sizes]
-        lorst, errors = _lorst(plain, static, init, turns)
+        lorst, errors = _lorst(list(weights.values()), static, init, turns)
         first = None
         stacked: StackedWeight
-        for position, (i, weight, (r, K)) in enumerate(zip(members, plain, sizes, strict=True)):
+        for position, ((i, weight), (r, K)) in enumerate(zip(weights.items(), sizes, strict=True)):
             if kind == "adaptive" and K:
                 stacked = AdaptiveStackedWeight(lorst, position, first, init, turns, r, K, condition)
             else:
@@ -152,8 +146,8 @@ def share_stack(
                 stacked.private.requires_grad_(weight.requires_grad)
             attach(*places[i][name], stacked)
             first = first or stacked
-        stacked.first.shared.requires_grad_(any(w.requires_grad for w in plain))
-        for i, error in zip(members, errors, strict=False):
+        stacked.first.shared.requires_grad_(any(w.requires_grad for w in weights.values()))
+        for i, error in zip(weights, errors, strict=False):
             report.setdefault(name, [error] * len(layers))[i] = error
     return report
 

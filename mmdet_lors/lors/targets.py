@@ -2,8 +2,9 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +158,40 @@ def groups_of(share: Sequence[int | str] | None, layers: int) -> list[list[int]]
             raise ValueError(f"share[{i}] must be a number or a name, got {label!r}")
         found[label].append(i)
     return list(found.values())
+
+
+class Stack(NamedTuple):
+    """Weights of one name that share with each other."""
+
+    name: str
+    target: str
+    weights: dict[int, Tensor]
+    """By layer."""
+
+
+def stacks_of(
+    layers: Sequence[nn.Module], targets: str | Sequence[str], share: Sequence[int | str] | None, adaptive: bool = False
+) -> Iterator[Stack]:
+    """What is to be shared, checked.
+
+    Raises:
+        ValueError: see :func:`share_stack`.
+    """
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, Sequence) or not targets:
+        raise ValueError(f"targets must be one or more names, got {targets!r}")
+    sharing = groups_of(share, len(layers))
+    places = [sharable(layer) for layer in layers]
+    for name, target in resolve(layers, targets).items():
+        for i, place in enumerate(places):
+            if place[name][1] in computed_names(place[name][0]):
+                raise ValueError(f"targets: layer {i}'s {name} is shared already")
+            if adaptive:
+                check_called(i, layers[i], name, place[name][0])
+        for members in sharing:
+            weights = {i: getattr(*places[i][name]) for i in members}
+            check_weights(name, weights)
+            yield Stack(name, target, weights)
 
 
 def check_weights(name: str, weights: Mapping[int, Tensor]) -> None:

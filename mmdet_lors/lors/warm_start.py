@@ -47,7 +47,8 @@ def leading_left(matrix: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, rank - vectors.shape[1]))
 
 
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Of tensors of one shape."""
     return sum(tensors[1:], tensors[0]) / len(tensors)
 
 
@@ -75,7 +76,7 @@ def fit_static(
     history = []
     for _ in range(turns if shared else 1):
         if shared:
-            common = _mean([w.double() - B @ A for w, (B, A) in zip(weights, pairs, strict=True)])
+            common = mean_of([w.double() - B @ A for w, (B, A) in zip(weights, pairs, strict=True)])
         error = 0.0
         for i, (weight, rank) in enumerate(zip(weights, ranks, strict=True)):
             rest = weight.double() - common
@@ -86,7 +87,7 @@ def fit_static(
     return common if shared else None, pairs, history
 
 
-def _refit(rest: Tensor, old: Group) -> Group:
+def refit(rest: Tensor, old: Group) -> Group:
     """One turn of Tucker-2 by alternation (HOOI): the best B given A, the best A given B, the best E given both.
 
     Args:
@@ -107,7 +108,7 @@ def _refit(rest: Tensor, old: Group) -> Group:
     return new
 
 
-def _start(rest: Tensor, rank: int) -> Group:
+def start(rest: Tensor, rank: int) -> Group:
     """An empty group (E zero) whose A spans the leading right directions of all columns together."""
     rows, cols, n = rest.shape
     A = leading_left(rest.transpose(0, 1).flatten(1), rank).T
@@ -139,15 +140,15 @@ def fit_adaptive(
     history = []
     for _ in range(turns):
         if shared:
-            change = _mean(rests)
+            change = mean_of(rests)
             common += change
             for rest in rests:
                 rest -= change
         for rest, fit, rank, count in zip(rests, fits, ranks, groups, strict=True):
             for k in range(count):
                 if k == len(fit):
-                    fit.append(_start(rest, rank))
-                fit[k] = _refit(rest, fit[k])
+                    fit.append(start(rest, rank))
+                fit[k] = refit(rest, fit[k])
         history.append(sum(rest.square().sum().item() for rest in rests))
     return common if shared else None, fits, history
 
@@ -182,7 +183,7 @@ def fit_lorst_(
         private.A[used] = (A / size.sqrt()[:, None])[used].to(private.A)
     for ours, bias in zip(lorst.bias or (), biases or (), strict=True):
         ours.copy_(bias)
-    mean = _mean(weights)
+    mean = mean_of(weights)
     return [FitError(_relative(w - mean, w), _relative(w - lorst.fold(i)[0], w)) for i, w in enumerate(weights)]
 
 
@@ -202,7 +203,7 @@ def fit_lorsa_(
     """
     shapes, copies = lorsa.shapes, lorsa.copies
     size, columns = sum(rows * cols for rows, cols in shapes), weights[0].shape[1] + 1
-    plain = [_blocks(w, b, shapes, copies) for w, b in zip(weights, biases, strict=True)]
+    plain = [blocks_of(w, b, shapes, copies) for w, b in zip(weights, biases, strict=True)]
     ranks = [0 if p is None else p.rank for p in lorsa.private]
     groups = [0 if p is None else p.groups for p in lorsa.private]
     common = torch.zeros(copies * size, columns, dtype=torch.float64)
@@ -233,9 +234,9 @@ def fit_lorsa_(
             private.E.weight.copy_(core[:, :-1])
             private.E.bias.copy_(core[:, -1])
     errors = []
-    mean = _blocks(_mean(weights), _mean(biases), shapes, copies)
+    mean = blocks_of(mean_of(weights), mean_of(biases), shapes, copies)
     for i, blocks in enumerate(plain):
-        ours = _blocks(*lorsa.fold(i), shapes, copies)
+        ours = blocks_of(*lorsa.fold(i), shapes, copies)
         errors.append(
             [FitError(_relative(w - m, w), _relative(w - f, w)) for w, m, f in zip(blocks, mean, ours, strict=True)]
         )
@@ -248,6 +249,6 @@ def _split(columns: Tensor, shapes: Sequence[tuple[int, int]], copies: int) -> l
     return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _blocks(weight: Tensor, bias: Tensor, shapes: Sequence[tuple[int, int]], copies: int) -> list[Tensor]:
+def blocks_of(weight: Tensor, bias: Tensor, shapes: Sequence[tuple[int, int]], copies: int) -> list[Tensor]:
     """A generator's weight, with its bias as one more column, as one (copies, rows, cols, m + 1) per shape."""
     return _split(torch.cat([weight, bias[:, None]], dim=1), shapes, copies)

@@ -1,14 +1,14 @@
 """Which layer gets which rank when all of them together may cost so much. Needs PyTorch alone."""
 
-import heapq
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mmdet_lors.lors.budget import spend
+
 from .calibration import Moment, Moments, moments_of
-from .choice import OMIT, choose
+from .choice import OMIT, choose, names_by_weight
 from .low_rank import squared_singular_values
 
 
@@ -62,9 +62,7 @@ def allocate(
         raise ValueError(f"minimum must be 1 or more and maximum not below it, got {minimum} and {maximum}")
     if multiply_adds is not None and calibration is None:
         raise ValueError("multiply_adds needs calibration, which counts how often each layer is used")
-    by_weight: dict[Tensor, list[str]] = defaultdict(list)
-    for module, (name, *_) in choose(model, omit, convolutions).items():
-        by_weight[module.weight].append(name)
+    by_weight = names_by_weight((name, layer) for layer, (name, *_) in choose(model, omit, convolutions).items())
     moments = moments_of(by_weight, calibration)
     layers = [
         _Spectrum(names, weight.flatten(1), moment, multiply_adds is not None, minimum, maximum)
@@ -76,33 +74,23 @@ def allocate(
         kind, budget = "parameters", parameters
         others = sum(p.numel() for p in model.parameters()) - sum(layer.whole for layer in layers)
     assert budget is not None
-    spent = others + sum(layer.cost(layer.rank) for layer in layers)
-    if budget < spent:
-        raise ValueError(f"{budget:,.0f} {kind} are below the {spent:,.0f} that rank {minimum} everywhere needs")
-    if budget > (all_of_it := others + sum(layer.whole for layer in layers)):
-        raise ValueError(f"{budget:,.0f} {kind} are above the {all_of_it:,.0f} of the model")
-
-    energy = sum(layer.tail[0] for layer in layers) or 1.0
-    error = sum(layer.tail[layer.rank] for layer in layers)
-    curve = [(round(spent), error / energy)]
-    ended = set()
-    for _, layer, rank in heapq.merge(*(layer.steps() for layer in layers), key=lambda step: -step[0]):
-        if layer in ended:
-            continue
-        cost = layer.cost(rank) - layer.cost(layer.rank)
-        if spent + cost > budget:
-            # As far as it goes; other layers may have smaller steps.
-            ended.add(layer)
-            rank = min(layer.rank + int((budget - spent) // layer.unit), layer.most)
-            cost = layer.cost(rank) - layer.cost(layer.rank)
-        error += layer.error(rank) - layer.error(layer.rank)
-        spent, layer.rank = spent + cost, rank
-        curve.append((round(spent), max(error, 0.0) / energy))
-    return Allocation({name: layer.rank for layer in layers if not layer.is_whole for name in layer.names}, curve)
+    least = others + sum(layer.options[0][0] for layer in layers)
+    most = others + sum(layer.whole for layer in layers)
+    if budget < least:
+        raise ValueError(f"{budget:,.0f} {kind} are below the {least:,.0f} that rank {minimum} everywhere needs")
+    if budget > most:
+        raise ValueError(f"{budget:,.0f} {kind} are above the {most:,.0f} of the model")
+    chosen, curve = spend([layer.options for layer in layers], budget - others)
+    energy = sum(layer.energy for layer in layers) or 1.0
+    ranks: dict[str, int] = {}
+    for layer, size in zip(layers, chosen, strict=True):
+        if (rank := layer.ranks[size]) is not None:
+            ranks |= dict.fromkeys(layer.names, rank)
+    return Allocation(ranks, [(round(others + cost), error / energy) for cost, error in curve])
 
 
 class _Spectrum:
-    """One weight's error and cost at every rank; rank min(in, out) stands for the whole weight."""
+    """One weight's cost and error at every rank that it may have."""
 
     def __init__(
         self,
@@ -115,38 +103,17 @@ class _Spectrum:
     ) -> None:
         rows, cols = weight.shape
         uses = moment.uses if moment is not None and per_use else 1
-        self.names, self.full = names, min(rows, cols)
-        self.unit, self.whole = (rows + cols) * uses, rows * cols * uses
-        self.most = min(rows * cols // (rows + cols), maximum or self.full)
-        self.can_be_whole = maximum is None
-        self.rank = min(minimum, self.most) or self.full  # a single row or column has nothing to factorise
+        self.names, self.whole = names, rows * cols * uses
         if moment is None or moment.gradient is None:
             squares = squared_singular_values(weight)
         else:
             squares = squared_singular_values(weight, moment.matrix) * (moment.uses * moment.gradient)
-        self.tail: list[float] = [*squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-
-    @property
-    def is_whole(self) -> bool:
-        return self.rank == self.full
-
-    def cost(self, rank: int) -> float:
-        return self.whole if rank == self.full else rank * self.unit
-
-    def error(self, rank: int) -> float:
-        return self.tail[rank]
-
-    def steps(self) -> Iterator[tuple[float, "_Spectrum", int]]:
-        """(gain per cost, this, rank) along the lower convex hull of the error over the cost, steepest first."""
-        hull: list[int] = []
-        for rank in [*range(self.rank, self.most + 1), *([self.full] if self.can_be_whole else [])]:
-            while hull and self.cost(rank) <= self.cost(hull[-1]):
-                hull.pop()
-            while len(hull) > 1 and self._slope(hull[-2], hull[-1]) <= self._slope(hull[-2], rank):
-                hull.pop()
-            hull.append(rank)
-        for a, b in zip(hull, hull[1:], strict=False):
-            yield self._slope(a, b), self, b
-
-    def _slope(self, a: int, b: int) -> float:
-        return (self.error(a) - self.error(b)) / (self.cost(b) - self.cost(a))
+        left = [*squares.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        self.energy = left[0]
+        smaller = rows * cols // (rows + cols)
+        last = min(smaller, maximum or smaller)
+        self.ranks: list[int | None] = [*range(min(minimum, last), last + 1)] if smaller else []
+        self.options = [(rank * (rows + cols) * uses, left[rank]) for rank in self.ranks if rank is not None]
+        if maximum is None or not smaller:  # a single row or column has nothing to factorise
+            self.ranks.append(None)
+            self.options.append((self.whole, 0.0))

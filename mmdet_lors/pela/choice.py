@@ -4,10 +4,10 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdet_lors.lors.targets import is_plain
 
@@ -66,6 +66,14 @@ def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) ->
     reasons += [f"{names[layer][0]}: {reason}" for layer, reason in whole.items()]
     reasons += [f"{_names(omitted)}: omitted"] if omitted else []
     raise ValueError(f"the model has no {kind} to compress; {'; '.join(reasons)}")
+
+
+def names_by_weight(layers: Iterable[tuple[str, nn.Module]]) -> dict[Tensor, list[str]]:
+    """The names of the layers that have each weight: those that share one get the same factors."""
+    found: dict[Tensor, list[str]] = defaultdict(list)
+    for name, layer in layers:
+        found[layer._parameters["weight"]].append(name)  # type: ignore[index]  # of every layer that is chosen
+    return found
 
 
 def why_whole(layer: Layer) -> str | None:

@@ -1,7 +1,6 @@
 """PELA's compression: layers of a model become two factors each, and back. Needs PyTorch alone."""
 
 import copy
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import Moment, Moments, moments_of, second_moments
-from .choice import OMIT, Layer, choose, ranks_of
+from .choice import OMIT, Layer, choose, names_by_weight, ranks_of
 from .low_rank import LowRank, LowRankConv2d, LowRankLinear, in_float64
 
 
@@ -100,9 +99,7 @@ def compress(
         raise ValueError("inplace needs a model that holds its layers; this model is itself one")
     chosen = choose(model, omit, convolutions)
     chosen_ranks = ranks_of(chosen, ratio, ranks or {})
-    by_weight: dict[Tensor, list[str]] = defaultdict(list)
-    for layer in chosen_ranks:
-        by_weight[layer.weight].append(chosen[layer][0])
+    by_weight = names_by_weight((chosen[layer][0], layer) for layer in chosen_ranks)
     for weight, (name, *_) in by_weight.items() if approximate else ():
         if weight.is_meta:
             raise ValueError(f"{name}.weight is on the meta device: approximate must be False")
@@ -134,10 +131,8 @@ def _kind(layer: nn.Module) -> type[LowRank]:
 
 def refill(compressed: nn.Module, plain: nn.Module, moments: Moments) -> None:
     """Fit every low-rank layer of a model to the outputs of the plain model's layer of its name."""
-    by_weight: dict[Tensor, list[str]] = defaultdict(list)
-    for name, layer in compressed.named_modules():
-        if isinstance(layer, LowRank):
-            by_weight[_weight(plain.get_submodule(name))].append(name)
+    names = [name for name, layer in compressed.named_modules() if isinstance(layer, LowRank)]
+    by_weight = names_by_weight((name, plain.get_submodule(name)) for name in names)
     for (weight, names), moment in zip(by_weight.items(), moments_of(by_weight, moments), strict=True):
         layer = compressed.get_submodule(names[0])
         assert isinstance(layer, LowRank) and moment is not None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import LORS_DIGITS, PLAIN_DIGITS, load_config, load_tool, random_lors
 from mmdet.registry import MODELS
+from mmengine.config import Config
 
 from mmdet_lors.analysis.complexity import build_on_meta
 from mmdet_lors.conversion.folding import folded_state_dict
@@ -90,6 +91,44 @@ def test_a_new_style_config_has_the_stages_of_its_classic_twin(tmp_path, monkeyp
     new_style = "configs/lors/adamixer_lors_r18_digits_new_style.py"
     convert(monkeypatch, root, PLAIN_DIGITS, plain, new_style, out, "--turns", 1)
     assert out.is_file()
+
+
+@pytest.mark.parametrize("halves", [("adaptive", "static"), ("adaptive",), ("static",)])
+def test_ranks_within_a_budget(halves, tmp_path, monkeypatch, root, capsys):
+    cfg = load_config(LORS_DIGITS)
+    for half in {"adaptive", "static"} - set(halves):
+        cfg.model.decoder.lors[half] = None
+    cfg.dump(tmp_path / "lors_config.py")
+    checkpoint, out = plain_checkpoint(tmp_path / "plain.pth"), tmp_path / "lors.pth"
+    convert(
+        monkeypatch, root, PLAIN_DIGITS, checkpoint, tmp_path / "lors_config.py", out, "--turns", 1, "--params", "90%"
+    )
+    chosen = Config.fromfile(out.with_suffix(".py")).model
+    model, plain = MODELS.build(chosen), build_on_meta(load_config(PLAIN_DIGITS).model)
+    check_fit(model, read_checkpoint(out), out)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, plain)]
+    assert 0.89 < sizes[0] / sizes[1] <= 0.9
+    printed = capsys.readouterr().out
+    assert f"model = dict(decoder=dict(lors={chosen.decoder.lors.to_dict()}))" in printed
+    assert f"{sizes[0]:,} parameters; wrote {out}" in printed
+    assert all(len(chosen.decoder.lors[half].rank) == 3 for half in halves)
+
+
+def test_refuses_a_budget(tmp_path, monkeypatch, root):
+    plain = plain_checkpoint(tmp_path / "plain.pth")
+    alone = load_config(LORS_DIGITS)
+    alone.model.decoder.lors.static.shared = False
+    alone.dump(tmp_path / "alone.py")
+    for config, name, params, message in (
+        (LORS_DIGITS, "lors.pth", "half", "--params 'half' must be a number, such as 30M, 900k or 60%"),
+        (LORS_DIGITS, "lors.pth", "101%", "--params 101% is above the 1,905,078 of configs/adamixer"),
+        (LORS_DIGITS, "lors.pth", "900k", "900,000 parameters are below the .* of LORS_CONFIG without private parts"),
+        (LORS_DIGITS, "lors.bin", "90%", "OUT .*lors.bin: must end with .pth"),
+        (tmp_path / "alone.py", "lors.pth", "90%", "a budget needs shared weights, but lors.static has shared=False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(monkeypatch, root, PLAIN_DIGITS, plain, config, tmp_path / name, "--params", params)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.py", "plain.pth"]
 
 
 def nan_weights() -> dict:

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import LORS_DIGITS, ROOT, load_tool, refused, write_random_lors
+from conftest import LORS_DIGITS, ROOT, refused, write_random_lors
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdet_lors.analysis.arguments import quantity
 from mmdet_lors.inference import Inferencer
 from mmdet_lors.pela import LowRankConv2d
 
@@ -107,4 +108,4 @@ def test_refuses_where_it_would_write(classifier, tmp_path, monkeypatch, capsys)
     for out, message in (("x.onnx", "must end with .pth"), ("no/x.pth", "must be a file in a folder that exists")):
         arguments = [str(ROOT / VIT), classifier, str(tmp_path / out), "--ratio", "2"]
         assert message in refused(TOOL, arguments, monkeypatch, capsys)
-    assert load_tool(TOOL).quantity("--params", "1.5k", 7) == 1500
+    assert quantity("--params", "1.5k", 7) == 1500

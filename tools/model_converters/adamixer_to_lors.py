@@ -3,6 +3,9 @@
 What LORS shares and factorises is fitted (mmdet_lors/lors/warm_start.py), everything else is copied. Both configs need
 the same stages: the same number of them, sampling groups and points. Train from the result with
 tools/train.py LORS_CONFIG --cfg-options load_from=OUT.
+
+With --params, K and r of every stage are chosen so that the error is smallest, instead of those of LORS_CONFIG; the
+config with them is printed, and written beside OUT as .py.
 """
 
 import argparse
@@ -30,6 +33,7 @@ def parse_args() -> argparse.Namespace:
         default=20,
         help="how often shared and private parts are refitted in turn (default: %(default)s)",
     )
+    parser.add_argument("--params", metavar="N", help="of the whole LORS model, such as 30M, or 60%% of CONFIG's")
     return parser.parse_args()
 
 
@@ -40,9 +44,9 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from mmdet_lors.adamixer import AdaMixerDecoderStage
-from mmdet_lors.analysis.arguments import check_writable
+from mmdet_lors.analysis.arguments import check_writable, quantity
 from mmdet_lors.analysis.complexity import build_on_meta
-from mmdet_lors.conversion.warm_start import Errors, start_from_plain_
+from mmdet_lors.conversion.warm_start import Errors, lors_for_budget, start_from_plain_
 from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
 from mmdet_lors.engine.checkpoint.reading import write_checkpoint
 from mmdet_lors.engine.launch import run
@@ -90,18 +94,29 @@ def main() -> None:
     args = parse_args()
     if args.turns < 1:
         raise UserError(f"--turns must be 1 or more, got {args.turns}")
-    check_writable("OUT", args.out, formats=())
+    check_writable("OUT", args.out, formats=(".pth",) if args.params else ())
 
     plain, lors = read_config(args.config), read_config(args.lors_config)
     check_configs(plain, lors)
-    weights, meta = read_weights(args.checkpoint, build_on_meta(plain.model))
+    plain_model = build_on_meta(plain.model)
+    weights, meta = read_weights(args.checkpoint, plain_model)
+    console = Console()
+    if args.params:
+        whole = sum(p.numel() for p in plain_model.parameters())
+        if (parameters := quantity("--params", args.params, whole)) > whole:
+            raise UserError(f"--params {args.params} is above the {whole:,} of {args.config}")
+        for half, chosen in lors_for_budget(build_on_meta(lors.model), weights, parameters).items():
+            lors.model.decoder.lors[half].update(chosen)
+        console.print(f"model = dict(decoder=dict(lors={lors.model.decoder.lors.to_dict()}))", soft_wrap=True)
     model = MODELS.build(lors.model)
     errors = start_from_plain_(model, weights, args.turns)
     meta = {k: meta[k] for k in ("dataset_meta",) if k in meta}
     write_checkpoint(dict(meta=dict(meta, cfg=lors.pretty_text), state_dict=model.state_dict()), args.out)
-    console = Console()
     console.print(error_table(errors))
-    console.print(f"wrote {args.out}", soft_wrap=True)
+    if args.params:
+        lors.dump(args.out.with_suffix(".py"))
+    size = sum(p.numel() for p in model.parameters())
+    console.print(f"{size:,} parameters; wrote {args.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

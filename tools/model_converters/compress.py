@@ -7,7 +7,6 @@ spent where the loss on those images says, or without images the weights; docs/c
 """
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +51,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdet_lors.analysis.arguments import check_writable
+from mmdet_lors.analysis.arguments import check_writable, quantity
 from mmdet_lors.analysis.study import table
 from mmdet_lors.engine.build import build_without_weights
 from mmdet_lors.engine.checkpoint.config_and_weights import read_weights
@@ -62,20 +61,6 @@ from mmdet_lors.errors import UserError
 from mmdet_lors.pela import OMIT, Allocation, CompressedLayer, allocate, compress, second_moments
 from mmdet_lors.pela.calibration import Moments
 from mmdet_lors.pela.compressed import calibration_batches, total_loss
-
-UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}
-
-
-def quantity(option: str, text: str, whole: float) -> float:
-    """'30M' -> 30e6, '60%' -> 0.6 of the whole.
-
-    Raises:
-        UserError: anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(k|M|G|%|)", text)
-    if match is None:
-        raise UserError(f"{option} {text!r} must be a number, such as 30M, 900k or 60%")
-    return float(match[1]) * (whole / 100 if match[2] == "%" else UNITS[match[2]])
 
 
 def budget(args: argparse.Namespace, model: nn.Module, data: dict | None, moments: Moments | None) -> Allocation:
