@@ -5,13 +5,21 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from mmdet_lors.engine.checkpoint.config_and_weights import uncompressed
+from mmdet_lors.pela import OMIT
 from mmdet_lors.with_lora import merged, without_lora
 
 
 def folded_config(model_cfg: dict) -> dict | None:
-    """The model without LoRA; if it has none, an AdaMixer without LORS; None for a model that has neither."""
+    """The model without LoRA; if it has none, an AdaMixer without LORS; None for a model that has neither.
+
+    A compressed model keeps its compression; what the stages get of their own is not compressed.
+    """
     if (plain := without_lora(model_cfg)) != model_cfg:
         return plain
+    if (inner := uncompressed(model_cfg)) is not model_cfg:
+        inner = folded_config(inner)
+        return inner and dict(model_cfg, model=inner, omit=[*model_cfg.get("omit", OMIT), "mixing.out_proj"])
     decoder = model_cfg.get("decoder") or {}
     return dict(model_cfg, decoder=dict(decoder, lors=None)) if decoder.get("lors") else None
 

@@ -62,7 +62,8 @@ def allocate(
         raise ValueError(f"minimum must be 1 or more and maximum not below it, got {minimum} and {maximum}")
     if multiply_adds is not None and calibration is None:
         raise ValueError("multiply_adds needs calibration, which counts how often each layer is used")
-    by_weight = names_by_weight((name, layer) for layer, (name, *_) in choose(model, omit, convolutions).items())
+    chosen_layers = choose(model, omit, convolutions, warn=calibration is None)
+    by_weight = names_by_weight((name, layer) for layer, (name, *_) in chosen_layers.items())
     moments = moments_of(by_weight, calibration)
     layers = [
         _Spectrum(names, weight.flatten(1), moment, multiply_adds is not None, minimum, maximum)

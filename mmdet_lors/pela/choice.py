@@ -22,10 +22,12 @@ def paper_rank(in_features: int, out_features: int, ratio: float) -> int:
     return math.floor(in_features * out_features / (ratio * (in_features + out_features)))
 
 
-def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) -> dict[Layer, list[str]]:
+def choose(
+    model: nn.Module, omit: Sequence[str], convolutions: bool = False, warn: bool = True
+) -> dict[Layer, list[str]]:
     """The layers that factors can stand in for, with each of the names under which the model holds them.
 
-    Linears, and with ``convolutions`` ungrouped ``nn.Conv2d``.
+    Linears, and with ``convolutions`` ungrouped ``nn.Conv2d``. ``warn`` says which are left whole, and why.
 
     Raises:
         ValueError: there is none; names what the model has instead, and why.
@@ -34,7 +36,8 @@ def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) ->
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear) or (convolutions and isinstance(module, nn.Conv2d) and module.groups == 1):
             names[module].append(name)
-    _warn_of_unused(model, omit, names)
+    if warn:
+        _warn_of_unused(model, omit, names)
     chosen, omitted = {}, {}
     for layer, paths in names.items():
         if any(part in path for part in omit for path in paths):
@@ -53,7 +56,7 @@ def choose(model: nn.Module, omit: Sequence[str], convolutions: bool = False) ->
         layer: f"it shares its weight with {strangers[layer.weight]}" for layer in chosen if layer.weight in strangers
     }
     chosen = {layer: paths for layer, paths in chosen.items() if layer not in whole}
-    for layer, reason in whole.items():
+    for layer, reason in whole.items() if warn else ():
         _warn(f"{names[layer][0]} is left whole: {reason}")
     if chosen:
         return chosen

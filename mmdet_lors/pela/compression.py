@@ -97,7 +97,8 @@ def compress(
         raise ValueError("calibration needs weights to approximate: approximate must be True")
     if inplace and isinstance(model, Layer):
         raise ValueError("inplace needs a model that holds its layers; this model is itself one")
-    chosen = choose(model, omit, convolutions)
+    # With ranks alone, what is not named stays whole on purpose; with calibration, second_moments says it.
+    chosen = choose(model, omit, convolutions, warn=ratio is not None and calibration is None)
     chosen_ranks = ranks_of(chosen, ratio, ranks or {})
     by_weight = names_by_weight((chosen[layer][0], layer) for layer in chosen_ranks)
     for weight, (name, *_) in by_weight.items() if approximate else ():

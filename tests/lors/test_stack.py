@@ -3,15 +3,13 @@
 import ast
 import copy
 import io
-import os
 import pickle
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
-from conftest import free_port
+from gradients import assert_two_processes_have_those_of_one, gradients, relative
 from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 
@@ -63,12 +61,6 @@ def image(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 3, 16, 16, dtype=dtype)
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 def test_weight_is_shared_plus_the_sum_of_its_groups():
     layers = nn.ModuleList(nn.Linear(6, 5) for _ in range(3)).double()
     share_stack(layers, "weight", rank=[2, 3, 1], groups=[2, 1, 4])
@@ -110,10 +102,6 @@ def reference_names(depth: int) -> dict[str, str]:
         for n in (1, 2):
             names |= {f"blocks.{i}.norm{n}.{p}": f"layers.{i}.ln{n}.{p}" for p in ("weight", "bias")}
     return names
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def test_golden_values_come_out_of_a_plain_vit():
@@ -446,29 +434,8 @@ def parallel_model() -> nn.Module:
     return shared_vit().double()
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(6)
-    x, model = image(torch.float64), nn.parallel.DistributedDataParallel(parallel_model())
-    # A second step would raise if a parameter had not taken part in the first.
-    for _ in range(2):
-        found = gradients(model, x[rank : rank + 1])
-    if rank == 0:
-        torch.save({name.removeprefix("module."): g for name, g in found.items()}, out)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    mp.spawn(worker, (free_port(), str(tmp_path / "gradients.pt")), nprocs=2)
-    torch.manual_seed(6)
-    x = image(torch.float64)
-    expected = gradients(parallel_model(), x)
-    found = torch.load(tmp_path / "gradients.pt")
-    assert set(found) == set(expected)
-    for name, gradient in found.items():
-        assert relative(2 * gradient, expected[name]) < 1e-10, name
+    assert_two_processes_have_those_of_one(parallel_model, image(torch.float64), tmp_path)
 
 
 def test_a_frozen_layer_stays_frozen():

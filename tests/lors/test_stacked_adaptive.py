@@ -1,14 +1,12 @@
 """share_stack(kind="adaptive") against its equation, token by token, and everything that handles a model."""
 
 import copy
-import os
 import pickle
 
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
-from conftest import free_port
+from gradients import assert_two_processes_have_those_of_one, gradients, relative
 from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from torch import Tensor, nn
 
@@ -100,16 +98,6 @@ def blocks(condition: str = "token") -> nn.Sequential:
     return randomise(model)
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(x).square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
 def test_names_are_those_of_a_static_stack_and_the_generators():
     private = [f"0.fc1.weight_lorst.private.{p}" for p in ("A", "B", "E.weight", "E.bias")]
     names = [name for name, _ in blocks().named_parameters() if ".fc1." in name]
@@ -188,29 +176,8 @@ def parallel_model() -> nn.Module:
     return blocks().double()
 
 
-def worker(rank: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.manual_seed(6)
-    x, model = torch.randn(2, 5, 12).double(), nn.parallel.DistributedDataParallel(parallel_model())
-    # A second step would raise if a parameter had not taken part in the first.
-    for _ in range(2):
-        found = gradients(model, x[rank : rank + 1])
-    if rank == 0:
-        torch.save({name.removeprefix("module."): g for name, g in found.items()}, out)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    mp.spawn(worker, (free_port(), str(tmp_path / "gradients.pt")), nprocs=2)
-    torch.manual_seed(6)
-    x = torch.randn(2, 5, 12).double()
-    expected = gradients(parallel_model(), x)
-    found = torch.load(tmp_path / "gradients.pt")
-    assert set(found) == set(expected)
-    for name, gradient in found.items():
-        assert relative(2 * gradient, expected[name]) < 1e-10, name
+    assert_two_processes_have_those_of_one(parallel_model, torch.randn(2, 5, 12).double(), tmp_path)
 
 
 def test_a_frozen_layer_stays_frozen():

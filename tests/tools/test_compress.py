@@ -84,6 +84,17 @@ def test_a_detector_and_the_tools_that_take_it(tmp_path, call_tool, tiny_digits)
     picture = str(next((tiny_digits / "val").iterdir()))
     assert len(next(iter(inferencer.stream(picture)))[1].pred_instances) > 0
 
+    folded = tmp_path / "folded.pth"
+    call_tool("deployment/fold_lors.py", out.with_suffix(".py"), out, folded)
+    plain = built(folded)
+    assert plain.decoder.lorst is None and isinstance(plain.backbone.layer3[1].conv2, LowRankConv2d)
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        for found, expected in zip(plain.eval()._forward(images), model.eval()._forward(images), strict=True):
+            assert torch.allclose(found.cls_score, expected.cls_score, atol=1e-4)
+    # It compares the file's predictions with PyTorch's itself.
+    call_tool("deployment/export_onnx.py", out.with_suffix(".py"), out, tmp_path / "small.onnx", "--size", "96x96")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -72,7 +72,7 @@ from mmdet_lors.analysis.arguments import check_writable, width_and_height
 from mmdet_lors.conversion.export import OUTPUTS, TensorDetector, any_batch, check_installed
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.conversion.onnx_precision import picture, to_fp16, to_int8
-from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights
+from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights, uncompressed
 from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.inference.sources import images_in
@@ -92,7 +92,8 @@ def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector,
         UserError: a checkpoint that cannot be read or does not fit, or ``factored`` without LORS.
     """
     model_cfg = cfg.model
-    model_cfg.decoder.update(sampling="auto", compile=False)
+    adamixer = uncompressed(model_cfg)
+    adamixer.decoder.update(sampling="auto", compile=False)
     trained = MODELS.build(model_cfg)
     weights, _ = read_weights(checkpoint, trained)
     trained.load_state_dict(weights)
@@ -108,7 +109,7 @@ def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector,
         exported = MODELS.build(plain_cfg or model_cfg)
         exported.load_state_dict(folded_state_dict(trained))
     exported.decoder.sampling = "grid_sample"
-    preprocessor = model_cfg.get("data_preprocessor") or {}
+    preprocessor = adamixer.get("data_preprocessor") or {}
     return TensorDetector(trained, preprocessor).eval(), TensorDetector(exported, preprocessor).eval()
 
 
@@ -245,7 +246,7 @@ def main() -> None:
     check_installed("onnx", "onnxscript", "onnxruntime")
     pictures = images_in(args.calibration) if args.calibration else []
 
-    trained, exported = build(read_config(args.config), args.checkpoint, args.factored)
+    trained, exported = build(read_config(args.config, or_compressed=True), args.checkpoint, args.factored)
     unfinished = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     try:
         export(exported, unfinished, size, args.dynamic_size, args.fixed_batch, args.opset)

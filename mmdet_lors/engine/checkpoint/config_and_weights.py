@@ -6,23 +6,34 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdet_lors.engine.launch import load_config
+from mmdet_lors.engine.new_style import type_name
 from mmdet_lors.errors import UserError
 
 from .reading import check_fit, read_checkpoint
 
 
-def read_config(path: str) -> Config:
+def read_config(path: str, or_compressed: bool = False) -> Config:
     """A detector's config.
+
+    Args:
+        path: of the file.
+        or_compressed: take a ``PELAModel`` of an AdaMixer too; :func:`uncompressed` finds the AdaMixer.
 
     Raises:
         UserError: no such file, a broken one, or one without an AdaMixer decoder.
     """
     cfg = load_config(path)
-    decoder = cfg.get("model", {}).get("decoder")
+    model = cfg.get("model", {})
+    decoder = (uncompressed(model) if or_compressed else model).get("decoder")
     if decoder is None or "stage" not in decoder:  # a DETR has a decoder, too
         missing = "model.decoder" if decoder is None else "model.decoder.stage"
         raise UserError(f"config {path} has no {missing}: it is not an AdaMixer")
     return cfg
+
+
+def uncompressed(model_cfg: dict) -> dict:
+    """Of a ``PELAModel`` the config of the model that it compresses; any other config itself."""
+    return model_cfg["model"] if type_name(model_cfg.get("type", "")) == "PELAModel" else model_cfg
 
 
 def read_weights(path: str, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
