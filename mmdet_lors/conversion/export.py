@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA
+from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from mmdet_lors.adamixer import QueryBased
 from mmdet_lors.errors import UserError
 
 OUTPUTS = ["boxes", "scores", "labels"]
@@ -52,7 +52,7 @@ class TensorDetector(nn.Module):
             their channel order, the network sees RGB, else BGR.
     """
 
-    def __init__(self, detector: QueryBased, data_preprocessor: dict) -> None:
+    def __init__(self, detector: nn.Module, data_preprocessor: dict) -> None:
         super().__init__()
         self.detector = detector
         self.sees_bgr = not (data_preprocessor.get("bgr_to_rgb") or data_preprocessor.get("rgb_to_bgr"))
@@ -61,7 +61,7 @@ class TensorDetector(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections as :meth:`AdaMixerDecoder.predict` makes them, best first.
+        """Detections as the detector itself makes them, best first.
 
         Args:
             images: (B, 3, H, W), RGB, 0 to 255.
@@ -70,10 +70,53 @@ class TensorDetector(nn.Module):
             With k = min(max_per_img, N * num_classes): boxes (x1, y1, x2, y2) in input pixels (B, k, 4), scores (B, k)
             and labels (B, k).
         """
-        batch, decoder = images.shape[0], self.detector.decoder
         if self.sees_bgr:
             images = images.flip(1)
-        feats = self.detector.extract_feat((images - self.mean) / self.std)
+        return self.detect((images - self.mean) / self.std)
+
+    def detect(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of normalised images."""
         # The start is the same for all images; a list of B sizes would fix the batch while an export traces.
-        xyzr, content = (x.expand(batch, -1, -1) for x in self.detector.query_generator([images.shape[-2:]]))
-        return decoder.detect(feats, xyzr, content)
+        start = self.detector.query_generator([images.shape[-2:]])
+        xyzr, content = (x.expand(images.shape[0], -1, -1) for x in start)
+        return self.detector.decoder.detect(self.detector.extract_feat(images), xyzr, content)
+
+    @property
+    def max_per_img(self) -> int:
+        """k."""
+        return self.detector.decoder.max_per_img
+
+    @max_per_img.setter
+    def max_per_img(self, number: int) -> None:
+        self.detector.decoder.max_per_img = number
+
+    @property
+    def pairs(self) -> int:
+        """N * num_classes."""
+        return self.detector.query_generator.num_queries * self.detector.decoder.num_classes
+
+
+class TensorDETR(TensorDetector):
+    """The same of mmdet's detectors of the DETR family: their code fixes batch and size while an export traces."""
+
+    def detect(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        height, width = (int(side) for side in images.shape[-2:])
+        shape = dict(batch_input_shape=(height, width), img_shape=(height, width))
+        samples = self.detector.predict(images, [DetDataSample(metainfo=shape) for _ in images], rescale=False)
+        found = [[getattr(s.pred_instances, name) for s in samples] for name in ("bboxes", "scores", "labels")]
+        boxes, scores, labels = map(torch.stack, found)
+        return boxes, scores, labels
+
+    @property
+    def max_per_img(self) -> int:
+        return (self.detector.bbox_head.test_cfg or {}).get("max_per_img", self.detector.num_queries)
+
+    @max_per_img.setter
+    def max_per_img(self, number: int) -> None:
+        head = self.detector.bbox_head
+        head.test_cfg = dict(head.test_cfg or {}, max_per_img=number)
+
+    @property
+    def pairs(self) -> int:
+        head = self.detector.bbox_head
+        return self.detector.num_queries * (head.cls_out_channels if head.loss_cls.use_sigmoid else 1)

@@ -32,7 +32,11 @@ mmengine_config._get_external_cfg_path = mmengine_config._get_external_cfg_base_
 
 @one_at_a_time
 def load_config(
-    path: str | Path, options: dict | None = None, launcher: str = "none", work_dir: str | None = None
+    path: str | Path,
+    options: dict | None = None,
+    launcher: str = "none",
+    work_dir: str | None = None,
+    needs_model: bool = True,
 ) -> Config:
     """A config with the command line's settings in it, ready for this machine.
 
@@ -41,6 +45,7 @@ def load_config(
         options: settings that override it, by dotted name.
         launcher: how the processes were started.
         work_dir: where logs and results go; None for what the config says, or else work_dirs/<config name>.
+        needs_model: refuse a config without a model, such as one of ``_base_``.
 
     Raises:
         UserError: a config file that is missing or broken, or settings that do not fit it.
@@ -56,6 +61,8 @@ def load_config(
     except ImportError as error:
         extra = "; pip install -e .[seg]" if "mmsegmentation" in str(error) else ""
         raise UserError(f"config {path} needs what is not there: {error}{extra}") from error
+    if needs_model and cfg.get("model") is None:
+        raise UserError(f"config {path} has no model")
     if options:
         check_options(options, cfg, str(path))
         try:

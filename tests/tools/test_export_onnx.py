@@ -20,6 +20,7 @@ from mmdet_lors.conversion.export import TensorDetector
 from mmdet_lors.conversion.onnx_precision import INT8, picture, to_fp16
 from mmdet_lors.errors import UserError
 from mmdet_lors.inference.sources import images_in
+from mmdet_lors.lors import fold_stack
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -305,12 +306,52 @@ def test_refuses_and_leaves_nothing_behind(out, options, message, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_detr_is_refused(tmp_path, monkeypatch, root, capsys):
+DINO = "configs/lors/other_detectors/dino-lors_r18_digits.py"
+
+
+@pytest.fixture
+def dino(tmp_path, root):
+    torch.manual_seed(0)
+    model = MODELS.build(Config.fromfile(root / DINO).model)
+    private = [p for name, p in model.named_parameters() if ".private." in name]
+    for parameter in [*private, model.level_embed, *(layer.weight for layer in model.bbox_head.cls_branches)]:
+        nn.init.normal_(parameter, std=0.1)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / "dino.pth")
+    return model.eval(), str(tmp_path / "dino.pth")
+
+
+def test_a_detr_with_lors_predicts_what_mmdet_predicts(dino, tmp_path, call_tool):
+    model, checkpoint = dino
+    call_tool(TOOL, DINO, checkpoint, tmp_path / "out.onnx", "--size", "96x64", "--fixed-batch", "2")
+    images = torch.randint(256, (2, 3, *SIZE[::-1])).float()
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
+    outputs = map(torch.from_numpy, session.run(["boxes", "scores", "labels"], {"images": images.numpy()}))
+    for expected, boxes, scores, labels in zip(predictions(model, images), *outputs, strict=True):
+        assert expected.scores.std() > 1e-2 and expected.bboxes.std(dim=0).min() > 1
+        assert torch.equal(labels, expected.labels) and torch.allclose(scores, expected.scores, atol=1e-5)
+        assert torch.allclose(boxes, expected.bboxes, atol=1e-2)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert numbers(onnx.load(tmp_path / "out.onnx").graph) < 1.02 * size
+    fold_stack([model])
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1.1 * size
+    assert b"/mmdet/" not in (tmp_path / "out.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (DINO, [], "a DETR is exported for one batch and size: give --fixed-batch, and no --dynamic-size"),
+        (DINO, ["--fixed-batch", "1", "--dynamic-size"], "give --fixed-batch, and no --dynamic-size"),
+        (DINO, ["--factored"], "--factored: for an AdaMixer; what a DETR's layers share is never folded"),
+        ("configs/classification/vit_digits.py", [], "only an AdaMixer or a DETR can be exported, not TimmClassifier"),
+        ("configs/_base_/schedules/adamixer_1x.py", [], "adamixer_1x.py has no model"),
+    ],
+)
+def test_refuses_other_detectors(config, options, message, dino, tmp_path, monkeypatch, root, capsys):
     monkeypatch.chdir(root)
-    config = "configs/lors/other_detectors/dino_r18_digits.py"
-    message = refused(TOOL, [config, "none.pth", str(tmp_path / "out.onnx")], monkeypatch, capsys)
-    assert f"config {config} has no model.decoder.stage: it is not an AdaMixer" in message
-    assert not list(tmp_path.iterdir())
+    arguments = [config, dino[1], str(tmp_path / "out.onnx"), "--size", "96x64", *options]
+    assert message in refused(TOOL, arguments, monkeypatch, capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dino.pth"]
 
 
 def test_says_what_to_install(tmp_path, monkeypatch, root, capsys):

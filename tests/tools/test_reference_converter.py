@@ -168,7 +168,7 @@ def test_a_config_tells_of_another_number_of_classes(whole, refused):
 
 def test_a_config_of_another_model(refused):
     options = ("--num-classes", 7, "--config", ROOT / "configs/_base_/schedules/adamixer_1x.py")
-    assert "adamixer_1x.py has no model.decoder: it is not an AdaMixer" in refused(golden_weights("lors"), *options)
+    assert "adamixer_1x.py has no model" in refused(golden_weights("lors"), *options)
 
 
 def test_another_number_of_classes_than_coco_has_must_be_said(refused):

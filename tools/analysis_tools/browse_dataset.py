@@ -162,7 +162,7 @@ def main() -> None:
         check_writable("--out", args.out)
     elif args.out.is_file():
         raise UserError(f"--out {args.out}: is a file of another kind; give a folder, or one of {', '.join(PICTURES)}")
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, needs_model=False)
     dataset = build_dataset(cfg, args.split)
     found = []
     for picture in pictures(cfg, dataset, args.start, args.number, args.seed):

@@ -52,8 +52,6 @@ def report_config(path: str, size: tuple[int, int]) -> tuple[Report, Report | No
         UserError: a config that is missing or broken, or does not build an AdaMixer.
     """
     cfg = load_config(path)
-    if "model" not in cfg:
-        raise UserError(f"config {path} has no model")
     report = measure(cfg.model, size)
     plain = folded_config(cfg.model)
     return report, measure(plain, size) if plain else None

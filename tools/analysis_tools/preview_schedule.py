@@ -200,7 +200,7 @@ def main() -> None:
             raise UserError(f"{option} {value}: must be 1 or more")
     if args.out:
         check_writable("--out", args.out)
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, needs_model=False)
     scale = 1.0
     if args.auto_scale_lr:
         base = cfg.get("auto_scale_lr", {}).get("base_batch_size")

@@ -344,8 +344,6 @@ def main() -> None:
     if args.number < 1 or args.total is not None and args.total < 1:
         raise UserError("--number and --total must be 1 or more")
     cfg = load_config(args.config)
-    if "model" not in cfg:
-        raise UserError(f"config {args.config} has no model")
     meant = build_without_weights(cfg.model)
     name = find_stack(meant, args.layers)
     budgets = budget(cfg.model, meant, name, args.total)

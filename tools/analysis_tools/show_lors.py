@@ -158,8 +158,6 @@ def main() -> None:
     if args.json:
         check_writable("--json", args.json, (".json",))
     cfg = load_config(args.config)
-    if "model" not in cfg:
-        raise UserError(f"config {args.config} has no model")
     model = build_without_weights(cfg.model)
     if not any(isinstance(module, LORSA | LORST | StackedWeight) for module in model.modules()):
         raise UserError(f"config {args.config} has no LORS: its layers share no weight")

@@ -1,7 +1,7 @@
-"""Write a trained AdaMixer, plain or with LORS, as one ONNX file, and check that file against PyTorch.
+"""Write a trained AdaMixer or DETR, plain or with LORS, as one ONNX file, and check that file against PyTorch.
 
-LORS is folded first, so that the file holds the equivalent plain AdaMixer, or with --factored when onnxruntime opens
-the file, which is then as small as the checkpoint's weights. The file maps
+An AdaMixer's LORS is folded first, so that the file holds the equivalent plain AdaMixer, or with --factored when
+onnxruntime opens the file, which is then as small as the checkpoint's weights. The file maps
 
   images  float32 (B, 3, H, W)   RGB, 0 to 255; the config's normalisation is inside
   boxes   float32 (B, k, 4)      x1, y1, x2, y2 in input pixels
@@ -9,8 +9,8 @@ the file, which is then as small as the checkpoint's weights. The file maps
   labels  int64   (B, k)         k = test_cfg.max_per_img; over queries x classes, no NMS
 
 Every image is taken to fill the whole input: resize it to W x H. The batch is dynamic, the size only with
---dynamic-size. With --precision fp16, convolutions and products compute in float16, the arithmetic of boxes does not;
-with int8, they have 8-bit weights and inputs.
+--dynamic-size; both are fixed for a DETR. With --precision fp16, convolutions and products compute in float16, the
+arithmetic of boxes does not; with int8, they have 8-bit weights and inputs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
         epilog=__doc__.split("\n\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="config of the AdaMixer, with or without LORS")
+    parser.add_argument("config", help="config of the detector, with or without LORS")
     parser.add_argument("checkpoint", help="its checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT.onnx", help="file to write")
     parser.add_argument(
@@ -64,16 +64,17 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from mmdet.models.detectors import DetectionTransformer
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor
 
 from mmdet_lors.analysis.arguments import check_writable, width_and_height
-from mmdet_lors.conversion.export import OUTPUTS, TensorDetector, any_batch, check_installed
+from mmdet_lors.conversion.export import OUTPUTS, TensorDetector, TensorDETR, any_batch, check_installed
 from mmdet_lors.conversion.folding import folded_config, folded_state_dict
 from mmdet_lors.conversion.onnx_precision import picture, to_fp16, to_int8
-from mmdet_lors.engine.checkpoint.config_and_weights import read_config, read_weights, uncompressed
-from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.checkpoint.config_and_weights import read_weights, uncompressed
+from mmdet_lors.engine.launch import load_config, run
 from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.inference.sources import images_in
 
@@ -84,15 +85,19 @@ TOLERANCES = dict(fp32=1e-3, fp16=2e-2, int8=1e30)
 
 
 def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector, TensorDetector]:
-    """The trained detector itself, for comparison, and the one to export: folded, and sampling by grid_sample.
+    """The trained detector itself, for comparison, and the one to export.
 
-    ``factored``: folded by its own operations, on nothing but parameters, at the start of every pass.
+    An AdaMixer is folded, and samples by grid_sample; ``factored``: folded by its own operations, on nothing but
+    parameters, at the start of every pass.
 
     Raises:
-        UserError: a checkpoint that cannot be read or does not fit, or ``factored`` without LORS.
+        UserError: a checkpoint that cannot be read or does not fit, ``factored`` without an AdaMixer's LORS, or
+            neither an AdaMixer nor one of mmdet's DETRs.
     """
     model_cfg = cfg.model
     adamixer = uncompressed(model_cfg)
+    if "stage" not in (adamixer.get("decoder") or {}):
+        return build_detr(cfg, checkpoint, factored)
     adamixer.decoder.update(sampling="auto", compile=False)
     trained = MODELS.build(model_cfg)
     weights, _ = read_weights(checkpoint, trained)
@@ -111,6 +116,44 @@ def build(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector,
     exported.decoder.sampling = "grid_sample"
     preprocessor = adamixer.get("data_preprocessor") or {}
     return TensorDetector(trained, preprocessor).eval(), TensorDetector(exported, preprocessor).eval()
+
+
+def build_detr(cfg: Config, checkpoint: str, factored: bool) -> tuple[TensorDetector, TensorDetector]:
+    """As :func:`build`; the file computes the weights that a stack shares as the model does."""
+    detr = MODELS.build(cfg.model)
+    if not isinstance(detr, DetectionTransformer):
+        raise UserError(f"config {cfg.filename}: only an AdaMixer or a DETR can be exported, not {type(detr).__name__}")
+    if factored:
+        raise UserError("--factored: for an AdaMixer; what a DETR's layers share is never folded")
+    weights, _ = read_weights(checkpoint, detr)
+    detr.load_state_dict(weights)
+    preprocessor = cfg.model
+    while "model" in preprocessor:  # WithLORS, PELAModel
+        preprocessor = preprocessor["model"]
+    model = TensorDETR(detr, preprocessor.get("data_preprocessor") or {}).eval()
+    return model, model
+
+
+def trace(model: TensorDETR, path: Path, images: Tensor, opset: int) -> None:
+    """Write what mmdet's code does with images of one batch and size: torch.export cannot follow it.
+
+    Raises:
+        UserError: something in the model has no ONNX counterpart, or none in this opset.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (images,),
+                path,
+                dynamo=False,
+                input_names=["images"],
+                output_names=OUTPUTS,
+                opset_version=opset,
+            )
+    except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
+        raise UserError(f"this model cannot be exported to opset {opset}: {first_line(error)}") from error
 
 
 def export(
@@ -201,13 +244,12 @@ def check(path: Path, model: TensorDetector, images: Tensor, tolerance: float) -
     except Exception as error:  # onnxruntime's errors have no common class of their own
         raise UserError(f"onnxruntime cannot run the export at {place}: {first_line(error)}") from error
     boxes, scores, labels = map(torch.from_numpy, found)
-    decoder = model.detector.decoder
-    kept, decoder.max_per_img = decoder.max_per_img, decoder.num_classes * model.detector.query_generator.num_queries
+    kept, model.max_per_img = model.max_per_img, model.pairs
     try:
         with torch.no_grad():
             expected = model(images)
     finally:
-        decoder.max_per_img = kept
+        model.max_per_img = kept
     k = min(kept, expected[1].shape[1])
     if scores.shape != (batch, k):
         raise UserError(f"the export differs from PyTorch: scores of shape {tuple(scores.shape)} at {place}")
@@ -246,10 +288,16 @@ def main() -> None:
     check_installed("onnx", "onnxscript", "onnxruntime")
     pictures = images_in(args.calibration) if args.calibration else []
 
-    trained, exported = build(read_config(args.config, or_compressed=True), args.checkpoint, args.factored)
+    trained, exported = build(load_config(args.config), args.checkpoint, args.factored)
+    is_detr = isinstance(exported, TensorDETR)
+    if is_detr and (args.dynamic_size or not args.fixed_batch):
+        raise UserError("a DETR is exported for one batch and size: give --fixed-batch, and no --dynamic-size")
     unfinished = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     try:
-        export(exported, unfinished, size, args.dynamic_size, args.fixed_batch, args.opset)
+        if is_detr:
+            trace(exported, unfinished, inputs(args.fixed_batch, size, []), args.opset)
+        else:
+            export(exported, unfinished, size, args.dynamic_size, args.fixed_batch, args.opset)
         convert(unfinished, args.precision, pictures, size, args.fixed_batch or 1)
         sizes = [size, size[::-1], (STRIDE, STRIDE)] if args.dynamic_size else [size]
         for batch, (w, h) in product([args.fixed_batch] if args.fixed_batch else [1, 3], sizes):

@@ -12,19 +12,14 @@ from mmdet_lors.errors import UserError
 from .reading import check_fit, read_checkpoint
 
 
-def read_config(path: str, or_compressed: bool = False) -> Config:
+def read_config(path: str) -> Config:
     """A detector's config.
-
-    Args:
-        path: of the file.
-        or_compressed: take a ``PELAModel`` of an AdaMixer too; :func:`uncompressed` finds the AdaMixer.
 
     Raises:
         UserError: no such file, a broken one, or one without an AdaMixer decoder.
     """
     cfg = load_config(path)
-    model = cfg.get("model", {})
-    decoder = (uncompressed(model) if or_compressed else model).get("decoder")
+    decoder = cfg.model.get("decoder")
     if decoder is None or "stage" not in decoder:  # a DETR has a decoder, too
         missing = "model.decoder" if decoder is None else "model.decoder.stage"
         raise UserError(f"config {path} has no {missing}: it is not an AdaMixer")
