@@ -242,3 +242,28 @@ def test_compression_study_runs_and_reports_what_it_found(tmp_path, monkeypatch)
 )
 def test_compression_study_refuses(arguments, message, monkeypatch, capsys):
     assert message in refused("studies/compression_study.py", arguments, monkeypatch, capsys)
+
+
+def test_lora_study_trains_what_its_rows_say(tmp_path):
+    study, trained = load_tool("studies/lora_study.py"), []
+    for name, line in study.VARIANTS.items():
+        (tmp_path / "config.py").write_text(
+            f"_base_ = {str(ROOT / study.LORA)!r}\nmodel = dict(checkpoint=None)\n{line}\n"
+        )
+        model = MODELS.build(Config.fromfile(tmp_path / "config.py").model)
+        trained.append({key for key, p in model.named_parameters() if p.requires_grad})
+        if name == "everything":
+            assert trained[-1] == {key for key, _ in model.named_parameters()}
+    classes, adapters, everything = trained
+    assert classes == {f"decoder.stages.{i}.cls_branch.3.{p}" for i in range(3) for p in ("weight", "bias")}
+    assert classes < adapters and any("lora_A" in key for key in adapters) and not adapters <= everything
+
+
+def test_lora_study_page():
+    study = load_tool("studies/lora_study.py")
+    base = dict(old=46.6, new=0.0, all=37.3, bytes=1000)
+    variant = dict(old=45.52, new=30.93, all=42.5, bytes=186, parameters=12345, merged=42.6)
+    page = study.page(base, {"and adapters": variant}, (12, 4), 2)
+    assert "| nothing: the detector of 0 to 7 |  | 46.6 | 0.0 | 37.3 | 1,000 |  |  |" in page
+    assert "| and adapters | 12,345 | 45.5 | 30.9 | 42.5 | 186 | 18.60 % | 42.6 |" in page
+    assert "--base-epochs 12 --epochs 4 --jobs 2" in page
