@@ -67,5 +67,6 @@ setup(
         "web": ["nicegui>=3,<4", "starlette>=1.6"],
         "tests": ["pytest>=7", "hypothesis>=6", "ruff>=0.6", "mypy>=1.19"],
         "export": ["torch>=2.6", "onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "openvino": ["openvino>=2026"],
     },
 )

@@ -85,6 +85,18 @@ def test_file_predicts_what_mmdet_predicts(batch, name, exported):
         assert torch.allclose(boxes, expected.bboxes, atol=0.1)
 
 
+@pytest.mark.parametrize("name", ["lors.onnx", "factored.onnx"])
+def test_openvino_runs_the_same_file(name, exported):
+    openvino = pytest.importorskip("openvino")
+    _, folder = exported
+    images = torch.randint(256, (3, 3, *SIZE[::-1])).float().numpy()
+    expected = onnxruntime.InferenceSession(folder / name).run(["boxes", "scores", "labels"], {"images": images})
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = openvino.Core().compile_model(folder / name, "CPU", settings)({"images": images})
+    for output, values, tolerance in zip(("boxes", "scores", "labels"), expected, (0.1, 1e-3, 0), strict=True):
+        assert torch.allclose(torch.from_numpy(found[output]), torch.from_numpy(values), rtol=0, atol=tolerance)
+
+
 def test_file_holds_the_folded_weights_of_every_stage(exported):
     model, folder = exported
     graph = onnx.load(folder / "lors.onnx").graph
