@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from mmdet_lors.errors import UserError
-from mmdet_lors.lors.budget import Size, adaptive_sizes, spend, static_sizes
+from mmdet_lors.lors.budget import Size, adaptive_sizes, spend, static_sizes, sum_of_squares
 from mmdet_lors.lors.warm_start import FitError, fit_lorsa_, fit_lorst_
 
 WEIGHTS = ("M (channel mixing)", "S (spatial mixing)", "W_out (output projection)")
@@ -79,13 +79,13 @@ def lors_for_budget(model: nn.Module, weights: Mapping[str, Tensor], parameters:
     sizes: list[tuple[str, float, list[Size]]] = []
     if lorsa is not None:
         generators, biases = _stack(weights, "parameter_generator", lorsa.num_layers)
-        wholes = [_squares(w) + _squares(b) for w, b in zip(generators, biases, strict=True)]
+        wholes = [sum_of_squares(pair) for pair in zip(generators, biases, strict=True)]
         stages = adaptive_sizes(lorsa, generators, biases)
         sizes += [("adaptive", *stage) for stage in zip(wholes, stages, strict=True)]
     if lorst is not None:
         projections, _ = _stack(weights, "out_proj", lorst.num_layers)
-        stages = static_sizes(projections)
-        sizes += [("static", *stage) for stage in zip(map(_squares, projections), stages, strict=True)]
+        wholes = [sum_of_squares([weight]) for weight in projections]
+        sizes += [("static", *stage) for stage in zip(wholes, static_sizes(projections), strict=True)]
     options = [[(size.cost, size.error / (whole or 1.0)) for size in stage] for _, whole, stage in sizes]
     chosen, _ = spend(options, parameters - least)
     fields: dict[str, dict] = {}
@@ -94,7 +94,3 @@ def lors_for_budget(model: nn.Module, weights: Mapping[str, Tensor], parameters:
         field["rank"].append(stage[i].rank)
         field["groups"].append(stage[i].groups)
     return fields
-
-
-def _squares(tensor: Tensor) -> float:
-    return tensor.double().square().sum().item()

@@ -118,7 +118,7 @@ def adaptive_sizes(
     found = []
     for weight, bias in zip(weights, biases, strict=True):
         rests = [rest for block in blocks_of(weight - mean[0], bias - mean[1], shapes, copies) for rest in block]
-        sizes = [Size(1, 0, 0, _squares(rests))]
+        sizes = [Size(1, 0, 0, sum_of_squares(rests))]
         rank = 1
         while rank <= min(side for shape in shapes for side in shape):
             cost = copies * sum(rank * (rows + cols) + rank * rank * columns for rows, cols in shapes)
@@ -128,14 +128,15 @@ def adaptive_sizes(
                     group = start(rest, rank)
                     for _ in range(turns):
                         group = refit(rest, group)
-                sizes.append(Size(rank, groups, groups * cost, _squares(left)))
+                sizes.append(Size(rank, groups, groups * cost, sum_of_squares(left)))
             rank *= 2
         found.append(sorted(sizes, key=lambda size: size.cost))
     return found
 
 
-def _squares(tensors: Sequence[Tensor]) -> float:
-    return sum(tensor.square().sum().item() for tensor in tensors)
+def sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """Of all entries of all of them."""
+    return sum(tensor.double().square().sum().item() for tensor in tensors)
 
 
 def ranks_for_budget(

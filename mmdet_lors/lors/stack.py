@@ -19,7 +19,7 @@ from .budget import ranks_for_budget
 from .stacked import SUFFIX, StackedWeight, attach, computed_names, detach
 from .stacked_adaptive import CONDITIONS, AdaptiveStackedWeight
 from .static import LORST
-from .targets import Stack, checked_layers, setting, sharable, stacks_of
+from .targets import Stack, checked_layers, checked_targets, setting, sharable, stacks_of
 from .warm_start import FitError, fit_lorst_
 
 INITS = ("first", "paper", "trained")
@@ -100,7 +100,7 @@ def share_stack(
             Linear's or in-projection's weight or is shared already, lists of the wrong length, K * r above
             min(out, in); for 'adaptive' a weight that its module reads, such as an in-projection.
     """
-    layers = checked_layers(layers)
+    layers, targets = checked_layers(layers), checked_targets(targets)
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     (turns,) = per_layer("turns", turns, 1, minimum=1)

@@ -131,6 +131,13 @@ def setting(field: str, value: PerLayer | Mapping[str, PerLayer], target: str, l
         raise ValueError(str(error).replace("stages", "layers")) from error
 
 
+def checked_targets(targets: str | Sequence[str]) -> Sequence[str]:
+    targets = [targets] if isinstance(targets, str) else targets
+    if not isinstance(targets, Sequence) or not targets:
+        raise ValueError(f"targets must be one or more names, got {targets!r}")
+    return targets
+
+
 def checked_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
     if not isinstance(layers, Iterable):
         raise ValueError(f"layers must be a sequence of modules, got a {type(layers).__name__}")
@@ -177,12 +184,9 @@ def stacks_of(
     Raises:
         ValueError: see :func:`share_stack`.
     """
-    targets = [targets] if isinstance(targets, str) else targets
-    if not isinstance(targets, Sequence) or not targets:
-        raise ValueError(f"targets must be one or more names, got {targets!r}")
     sharing = groups_of(share, len(layers))
     places = [sharable(layer) for layer in layers]
-    for name, target in resolve(layers, targets).items():
+    for name, target in resolve(layers, checked_targets(targets)).items():
         for i, place in enumerate(places):
             if place[name][1] in computed_names(place[name][0]):
                 raise ValueError(f"targets: layer {i}'s {name} is shared already")
