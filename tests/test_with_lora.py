@@ -333,5 +333,6 @@ def test_peft_is_asked_for(monkeypatch):
 def test_train_names_the_target_that_matches_nothing(tiny_digits, work, monkeypatch, capsys):
     options = ["--cfg-options", "model.targets=[decoder.stage.*]", "model.checkpoint=none.pth"]
     options += [f"{split}_dataloader.dataset.data_root={tiny_digits}/" for split in ("train", "val", "test")]
+    options += [f"{split}_evaluator.ann_file={tiny_digits}/annotations/val.json" for split in ("val", "test")]
     message = refused("train.py", [str(ROOT / LORA_DIGITS), *work, *options], monkeypatch, capsys)
     assert "targets[0] 'decoder.stage.*' matches nothing" in message
