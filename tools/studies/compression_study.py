@@ -18,9 +18,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs=2, default=(3, 3), metavar=("CLASSIFIERS", "DETECTORS"),
                         help="plain models of each kind (default: 3 3)")  # fmt: skip
     parser.add_argument("--recovery", type=int, default=5, metavar="EPOCHS", help="(default: %(default)s)")
+    parser.add_argument("--recover", type=int, nargs=2, metavar=("CLASSIFIERS", "DETECTORS"),
+                        help="plain models whose compressed ones are trained (default: all)")  # fmt: skip
     names = ["classifier", "detector"]
     parser.add_argument("--models", nargs="+", default=names, choices=names, help="(default: both)")
-    parser.add_argument("--recover", nargs="*", default=names, choices=names, help="train only these (default: both)")
     add_study_options(parser, "compression_study", "measured")
     return parser.parse_args()
 
@@ -96,8 +97,10 @@ SUBJECTS = [
 class Study:
     """Its settings."""
 
-    recovery: Mapping[str, int]
-    """Epochs of it, by model; 0 is none."""
+    recovery: int
+    """Epochs of it."""
+    recover: Mapping[str, int]
+    """By model, how many seeds have it."""
     work: Path
 
     def plain(self, subject: Subject, seed: int) -> dict:
@@ -127,7 +130,7 @@ class Study:
         Returns:
             ``metric``, ``parameters`` and, if it is trained, ``recovered``.
         """
-        epochs = self.recovery[subject.name]
+        epochs = self.recovery if seed < self.recover[subject.name] else 0
         folder = self.work / f"{subject.name}_seed-{seed}_ratio-{ratio}_{way.replace(', ', '-').replace(' ', '-')}"
         folder = folder.with_name(f"{folder.name}_{epochs}-epochs")
 
@@ -177,8 +180,8 @@ def section(found: Found, subject: Subject, seeds: int, recovery: int) -> list[s
     """One model's table, as Markdown."""
 
     def cells(results: list[dict], field: str) -> list[str]:
-        values = [f"{r[field]:.{subject.digits}f}" for r in results]
-        return [f"{mean(r[field] for r in results):.{subject.digits}f}", ", ".join(values)]
+        values = [r[field] for r in results if field in r]
+        return [f"{mean(values):.{subject.digits}f}", ", ".join(f"{value:.{subject.digits}f}" for value in values)]
 
     plain = [found[subject.name, seed] for seed in range(seeds)]
     header = ["ratio", "", "parameters", subject.label, "each seed's"]
@@ -201,7 +204,7 @@ def plot(found: Found, seeds: Mapping[Subject, int], picture: Path) -> None:
             for field, style in (("metric", "o-"), ("recovered", "s--")):
                 if field not in points[0][0]:
                     continue
-                y = [mean(r[field] for r in results) for results in points]
+                y = [mean(r[field] for r in results if field in r) for results in points]
                 ax.plot(x, y, style, color=colour, label=way if field == "metric" else None)
         ax.axhline(mean(found[subject.name, seed]["metric"] for seed in range(number)), color="black", lw=1, ls=":")
         ax.set(xlabel="parameters, M", ylabel=subject.label, title=subject.name)
@@ -211,8 +214,8 @@ def plot(found: Found, seeds: Mapping[Subject, int], picture: Path) -> None:
 
 def page(found: Found, seeds: Mapping[Subject, int], study: Study, command: str, jobs: int) -> str:
     """The study as Markdown."""
-    trained = {s.name: study.recovery[s.name] for s in seeds if study.recovery[s.name]}
-    recovery = ", ".join(f"of the {name} {epochs} epochs" for name, epochs in trained.items()) or "none"
+    trained = [f"{min(n, study.recover[s.name])} of {n} {s.name}s" for s, n in seeds.items() if study.recover[s.name]]
+    recovery = f"{study.recovery} epochs, of {' and '.join(trained)}" if trained else "none"
     lines = [
         "# What data and a budget add to low rank",
         "",
@@ -230,7 +233,7 @@ def page(found: Found, seeds: Mapping[Subject, int], study: Study, command: str,
         "",
     ]
     for subject, number in seeds.items():
-        lines += section(found, subject, number, study.recovery[subject.name])
+        lines += section(found, subject, number, study.recovery if study.recover[subject.name] else 0)
     lines += [
         "**What this shows, and what it does not.** The models and their data are small; it says nothing about COCO or "
         "ImageNet.",
@@ -246,8 +249,9 @@ def main() -> None:
         raise UserError("--seeds and --jobs must be 1 or more")
     if args.recovery < 2:
         raise UserError("--recovery must be 2 or more: the first epoch warms up")
-    recovery = {subject.name: args.recovery if subject.name in args.recover else 0 for subject in SUBJECTS}
-    study = Study(recovery, args.work_dir.absolute())
+    recover = args.recover or args.seeds
+    names = [subject.name for subject in SUBJECTS]
+    study = Study(args.recovery, dict(zip(names, recover, strict=True)), args.work_dir.absolute())
     seeds = {s: number for s, number in zip(SUBJECTS, args.seeds, strict=True) if s.name in args.models}
     plain = [(subject, seed) for subject, number in seeds.items() for seed in range(number)]
     # Plain SVD first: it says how many parameters the budget has.
@@ -262,8 +266,8 @@ def main() -> None:
             print(*named, f"{outcome['metric']:.3f}{after}", flush=True)
     picture = args.out.with_suffix(".png")
     plot(found, seeds, picture)
-    command = f"--seeds {' '.join(map(str, args.seeds))} --recovery {args.recovery} --jobs {args.jobs}"
-    command += f" --models {' '.join(args.models)} --recover {' '.join(args.recover)}"
+    command = f"--seeds {' '.join(map(str, args.seeds))} --recover {' '.join(map(str, recover))}"
+    command += f" --recovery {args.recovery} --models {' '.join(args.models)} --jobs {args.jobs}"
     args.out.write_text(page(found, seeds, study, command, args.jobs))
     print(f"wrote {args.out} and {picture}")
 
