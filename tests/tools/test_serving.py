@@ -413,7 +413,7 @@ def detect_py(tmp_path_factory, checkpoint) -> Path:
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed)
     folder = tmp_path_factory.mktemp("onnx")
-    [code] = blocks("python")
+    code, _ = blocks("python")  # the other is OpenVINO's
     (folder / "detect.py").write_text(code.replace("score > 0.3", "score > 0"))
     tool = "deployment/export_onnx.py"
     with pytest.MonkeyPatch.context() as patch:
