@@ -244,6 +244,14 @@ def test_compression_study_refuses(arguments, message, monkeypatch, capsys):
     assert message in refused("studies/compression_study.py", arguments, monkeypatch, capsys)
 
 
+def test_recovery_warms_up_to_its_rate():
+    study = load_tool("studies/compression_study.py")
+    classifier, detector = (study.short_schedule(subject.config, 5) for subject in study.SUBJECTS)
+    cosine = ["param_scheduler.1.end=5", "param_scheduler.1.T_max=4"]
+    assert classifier == ["param_scheduler.0.end=1", "param_scheduler.1.begin=1", *cosine]
+    assert detector == ["param_scheduler.1.end=5", "param_scheduler.1.T_max=5"]  # its warm-up is 100 iterations
+
+
 def test_lora_study_trains_what_its_rows_say(tmp_path):
     study, trained = load_tool("studies/lora_study.py"), []
     for name, line in study.VARIANTS.items():

@@ -149,9 +149,7 @@ class Study:
                 return found
             options = [f"load_from={out}", f"randomness.seed={seed}", f"train_cfg.max_epochs={epochs}"]
             options += [f"optim_wrapper.optimizer.lr={subject.rate}", *last_epoch_only(epochs)]
-            # One epoch, or iteration, of warm-up; then cosine over the rest.
-            options += ["param_scheduler.0.end=1", "param_scheduler.1.begin=1"]
-            options += [f"param_scheduler.1.end={epochs}", f"param_scheduler.1.T_max={epochs - 1}"]
+            options += short_schedule(subject.config, epochs)
             recovery = folder / "recovery"
             recovery.mkdir(exist_ok=True)
             train(config, recovery, options)
@@ -159,6 +157,13 @@ class Study:
             return found | dict(recovered=after[subject.metric])
 
         return once(folder, work)
+
+
+def short_schedule(config: str, epochs: int) -> list[str]:
+    """Options with which a config's schedule takes so many epochs; a warm-up of epochs takes one."""
+    warm_up = int(read(config).param_scheduler[0].get("by_epoch", True))
+    options = ["param_scheduler.0.end=1", "param_scheduler.1.begin=1"] if warm_up else []
+    return [*options, f"param_scheduler.1.end={epochs}", f"param_scheduler.1.T_max={epochs - warm_up}"]
 
 
 def size(checkpoint: Path) -> int:
