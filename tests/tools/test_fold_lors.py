@@ -68,7 +68,7 @@ def test_a_value_too_large_for_the_data_type_is_refused(trained, tmp_path, monke
         (
             ADAPTIVE,
             "plain.pth",
-            r"vit-lors-adaptive_digits.py: no LoRA, and model.decoder.lors is not set",
+            r"vit-lors-adaptive_digits.py: no LoRA, and model.decoder.lors is not set: there is nothing to fold",
         ),
         (LORS_DIGITS, "none/plain.pth", r"OUT .*: must be a file in a folder that exists"),
         (LORS_DIGITS, "plain.py", r"OUT .*: must be a checkpoint file, not .py"),

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from mmdet_lors.analysis.complexity import build_on_meta
 from mmdet_lors.conversion.reference import DROPPED, convert, settings
+from mmdet_lors.engine.checkpoint.config_and_weights import read_config
 from mmdet_lors.engine.checkpoint.reading import check_fit, read_checkpoint, write_checkpoint
-from mmdet_lors.engine.launch import load_config, run
+from mmdet_lors.engine.launch import run
 from mmdet_lors.errors import UserError, first_line
 
 WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
@@ -122,9 +123,7 @@ def check(
     if num_classes not in (None, classes):
         raise UserError(f"checkpoint {src} has {classes} classes, not {num_classes}: use --num-classes {classes}?")
     if config:
-        cfg = load_config(config)
-        if "decoder" not in cfg.get("model", {}):
-            raise UserError(f"config {config} has no model.decoder: it is not an AdaMixer")
+        cfg = read_config(config)
         model = build_on_meta(cfg.model)
         if model.decoder.num_classes != classes:
             raise UserError(f"checkpoint {src} has {classes} classes, {config} has {model.decoder.num_classes}")
