@@ -2,9 +2,10 @@
 
 import logging
 import math
-from os import SEEK_END
-from pathlib import Path
+import os
+from typing import BinaryIO
 
+import torch
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
@@ -65,6 +66,8 @@ class CheckedCocoDataset(CocoDataset):
         if not self._fully_initialized:
             super().full_init()
             self.unusable = UnusableImages(len(self), self.max_unusable_share)
+            # Known to all workers: a run looks into a file once, since opening it takes long on a network file system.
+            self.file_checked = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def filter_data(self) -> list[dict]:
         """The images that training uses, by ``filter_cfg``.
@@ -96,7 +99,9 @@ class CheckedCocoDataset(CocoDataset):
         data = self.get_data_info(index)
         path, loaded = data["img_path"], False
         try:
-            _check_whole(Path(path))
+            if not self.file_checked[index]:
+                self._check_file(path, data)
+                self.file_checked[index] = True
             for step in self.pipeline.transforms:
                 try:
                     data = step(data)
@@ -112,7 +117,6 @@ class CheckedCocoDataset(CocoDataset):
                     return None
                 if not loaded and "img" in data:
                     loaded = True
-                    self._check_frame(data)
                     _check_size(data)
                 _check_boxes(data, type(step).__name__)
             return data
@@ -124,26 +128,30 @@ class CheckedCocoDataset(CocoDataset):
             self.unusable.add(index, path, error, trace=loaded and error.__cause__ is not None)
             return None
 
-    def _check_frame(self, data: dict) -> None:
-        """Refuse boxes that are not in the frame of the pixels that were loaded."""
-        if problem := frame_problem(data["img_path"], data["width"], data["height"], self.frame):
+    def _check_file(self, path: str, data: dict) -> None:
+        """Refuse what the decoder would not: a JPEG that is cut short, boxes in another frame than the pixels."""
+        if not os.path.isfile(path):  # the loader says so, unless it reads from elsewhere
+            return
+        with open(path, "rb") as file:
+            _check_whole(file)
+            problem = frame_problem(file, data["width"], data["height"], self.frame)
+        if problem:
             raise UserError(f"it {problem}")
 
 
-def _check_whole(path: Path) -> None:
+def _check_whole(file: BinaryIO) -> None:
     """Refuse a JPEG that is cut short: OpenCV before 4.11 decodes it, with grey in place of what is missing."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        start = file.read(2)
-        if not start:
-            raise UserError("it is empty")
-        file.seek(-len(start), SEEK_END)
-        end = file.read(2)
+    start = file.read(2)
+    if not start:
+        raise UserError("it is empty")
+    file.seek(-len(start), os.SEEK_END)
+    end = file.read(2)
+    file.seek(0)
     if start == b"\xff\xd8" and end != b"\xff\xd9":
         # It may merely have extra bytes after its end: Pillow, which is strict, decides.
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
+        file.seek(0)
 
 
 def _check_size(data: dict) -> None:

@@ -11,7 +11,7 @@ set's field ``exif="shown"`` or by loading the picture as it is stored.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -50,9 +50,9 @@ def check_frame(path: str | Path, width: int, height: int, frame: str | None = N
         raise UserError(f"image {path} {problem}")
 
 
-def frame_problem(path: str | Path, width: int, height: int, frame: str | None = None) -> str | None:
+def frame_problem(file: str | Path | BinaryIO, width: int, height: int, frame: str | None = None) -> str | None:
     """What :func:`check_frame` reports, without the file's name; None if nothing is wrong."""
-    turn, shown, stored, is_tiff = _header(path)
+    turn, shown, stored, is_tiff = _header(file)
     if turn == 1:
         return None
     if frame == STORED and is_tiff:
@@ -98,10 +98,10 @@ def frame_of(pipeline: Sequence[Any], exif: str | None = None) -> str | None:
     return STORED if stored else exif
 
 
-def _header(path: str | Path) -> tuple[int, tuple[int, int], tuple[int, int], bool]:
+def _header(file: str | Path | BinaryIO) -> tuple[int, tuple[int, int], tuple[int, int], bool]:
     """Orientation, (width, height) as shown and as stored, and whether it is a TIFF."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             value, size, is_tiff = _tag(image), image.size, image.format == "TIFF"
     except Exception:  # Pillow raises whatever its parsers meet
         return 1, (0, 0), (0, 0), False

@@ -1,8 +1,10 @@
 """The state of all random numbers that training draws in a process, as tensors and numbers, and a seeded scope."""
 
 import random
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from types import ModuleType
 from typing import Any
 
@@ -56,10 +58,10 @@ def seeded(key: tuple[int, ...]) -> Iterator[None]:
     before = None
     if get_worker_info() is None:
         before = random.getstate(), np.random.get_state(), generator.get_state()
-    words = np.random.SeedSequence(key).generate_state(8)
-    random.seed(words[:4].tobytes())
-    np.random.seed(words[4:6])
-    generator.manual_seed(int.from_bytes(words[6:].tobytes(), "little") >> 1)
+    python, numpy, pytorch = struct.unpack("<QIQ", blake2b(" ".join(map(str, key)).encode(), digest_size=20).digest())
+    random.seed(python)
+    np.random.seed(numpy)
+    generator.manual_seed(pytorch >> 1)
     try:
         yield
     finally:

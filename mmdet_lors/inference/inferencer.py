@@ -192,7 +192,7 @@ class Inferencer(DetInferencer):
 
         Only images of one size share a batch: others would have to be padded, which changes their boxes.
         """
-        usable = self._usable(self._prepared(inputs, workers, batch_size), unreadable)
+        usable = self._usable(self._prepared(inputs, workers), unreadable)
         for _, alike in groupby(usable, key=lambda item: item[1]["inputs"].shape):
             while batch := list(islice(alike, batch_size)):
                 yield self.collate_fn(batch)
@@ -265,9 +265,9 @@ class Inferencer(DetInferencer):
             path = path_of(source)
             yield from [source] if path is None or not Path(path).is_dir() else images_in(path)
 
-    def _prepared(self, inputs: Any, workers: int, ahead: int) -> Iterable:
+    def _prepared(self, inputs: Any, workers: int) -> Iterable:
         if workers:
-            return Prepared(self.reader, self.pipeline, list(self._sources(inputs))).ahead(workers, ahead)
+            return Prepared(self.reader, self.pipeline, list(self._sources(inputs))).ahead(workers)
         return map(Prepared(self.reader, self.pipeline, lock=self._lock).prepare, self._sources(inputs))
 
     def _usable(self, prepared: Iterable, unreadable: dict[str, str] | None) -> Iterator:

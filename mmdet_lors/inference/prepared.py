@@ -1,8 +1,9 @@
 """Images read and prepared for a detector, in this process or by workers ahead of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -13,6 +14,9 @@ from mmdet_lors.datasets.unusable import reason_of
 from mmdet_lors.errors import UserError
 
 from .pictures import Reader, name_of, path_of
+
+TOGETHER = 8
+"""How many images a worker passes on at a time: one by one would cost as much as preparing a small image does."""
 
 
 @dataclass
@@ -57,25 +61,14 @@ class Prepared(Dataset):
             data["data_samples"].set_metainfo(dict(img_path=path_of(source)))
         return source, data
 
-    def ahead(self, workers: int, images: int) -> DataLoader:
-        """The same in the same order, by worker processes.
-
-        Args:
-            workers: how many.
-            images: how many each prepares ahead.
-        """
-        return DataLoader(
-            self,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_use_one_thread,
-            prefetch_factor=max(images, 2),
-        )
+    def ahead(self, workers: int) -> Iterator[tuple[Any, dict | UserError]]:
+        """The same in the same order, by worker processes, each of which has up to 2 x ``TOGETHER`` ready."""
+        loader = DataLoader(self, TOGETHER, num_workers=workers, collate_fn=_unchanged, worker_init_fn=_use_one_thread)
+        return chain.from_iterable(loader)
 
 
-def _unchanged(item: Any) -> Any:
-    return item
+def _unchanged(items: list) -> list:
+    return items
 
 
 def _use_one_thread(_: int) -> None:

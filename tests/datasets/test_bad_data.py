@@ -189,16 +189,24 @@ def test_workers_share_the_count_and_raise_one_line(tmp_path):
     assert str(error.value).startswith("3 of 8 images cannot be used") and "\n" not in str(error.value)
 
 
-def test_a_cut_jpeg_is_refused_whatever_the_decoder(tmp_path):
+def test_a_cut_jpeg_is_refused_whatever_the_decoder():
     # OpenCV 4.10 decodes it, with grey in place of what is missing.
-    path, jpeg = tmp_path / "a.jpg", encoded(".jpg")
+    jpeg = encoded(".jpg")
     for good in (jpeg, jpeg + b"\0" * 100, encoded()):
-        path.write_bytes(good)
-        _check_whole(path)
+        _check_whole(io.BytesIO(good))
     for cut in (jpeg[:-1], jpeg[:-200]):
-        path.write_bytes(cut)
         with pytest.raises(OSError, match="truncated"):
-            _check_whole(path)
+            _check_whole(io.BytesIO(cut))
+
+
+def test_a_run_looks_into_each_file_once_whoever_loads_it(tmp_path, monkeypatch):
+    write(tmp_path, content())
+    data, looked = build(tmp_path), []
+    list(DataLoader(data, batch_size=2, num_workers=2, collate_fn=pseudo_collate, sampler=range(4)))
+    monkeypatch.setattr(data, "_check_file", lambda path, _: looked.append(path))
+    for _ in range(2):
+        assert all(data[i] for i in range(8))
+    assert [path[-5:] for path in looked] == ["4.png", "5.png", "6.png", "7.png"]
 
 
 @TRANSFORMS.register_module()
