@@ -43,19 +43,24 @@ def test_naive_decoder_has_the_same_losses_and_gradients(name, naive):
         assert (found[0][key] - expected).norm() <= 1e-8 * expected.norm() + 1e-12, key
 
 
-def test_tables_of_a_small_run(tmp_path):
+def test_tables_of_a_small_run(tmp_path, naive):
     out, raw = tmp_path / "benchmark.md", tmp_path / "benchmark.json"
     done = run(
         sys.executable, "tools/analysis_tools/benchmark.py", "--size", "64x64", "--queries", "10", "--repeats", "1",
         "--variants", "plain 2x64", "LORS, served folded", "--work", "inference", "matching",
-        "--sections", "speed", "--threads", "1", "--device", "cpu", "--keep-memory", "--out", str(out), "--json",
-        str(raw),
+        "--sections", "speed", "profile", "--threads", "1", "--device", "cpu", "--keep-memory", "--out", str(out),
+        "--json", str(raw),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     page, found = out.read_text(), json.loads(raw.read_text())
     assert "| decoder: inference | 10 queries, batch 2: s | / plain 2x64 | of the matrix rate |" in page
     assert page.count("| LORS, served folded |") == 1 and page.count("| plain 2x64 |") == 2
     assert set(found["decoder/matching/10/2"]) == {"plain 2x64", "others"}
+    plain = found["profile/inference/10/2/plain 2x64"]["operations"]
+    counted = 2 * sys.modules["decoder_benchmark.case"].products("plain 2x64", 10, (64, 64))
+    assert sum(kind["multiply_adds"] for kind in plain) == pytest.approx(counted, rel=0.02)
+    assert plain == sorted(plain, key=lambda kind: -kind["seconds"])
+    assert "| plain 2x64: inference, 10 queries, batch 2 | calls | of the time | of the matrix rate |" in page
 
 
 @pytest.mark.parametrize(("others", "given"), [(0.04, True), (0.06, False), (math.nan, True)])

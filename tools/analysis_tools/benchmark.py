@@ -7,6 +7,7 @@ with the variants; a variant's share of it counts what a plain decoder of the sa
 """
 
 import argparse
+import itertools
 import math
 import os
 import platform
@@ -29,8 +30,8 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--sections", nargs="+", choices=["speed", "memory", "growth"], default=["speed", "memory"],
-        help="(default: %(default)s)",
+        "--sections", nargs="+", choices=["speed", "memory", "growth", "profile"], default=["speed", "memory"],
+        help="profile: where a CPU's time goes, and the rates of matrix products (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME",
                         help=f"of: {', '.join(VARIANTS)} (default: all)")  # fmt: skip
@@ -59,10 +60,12 @@ if __name__ == "__main__":
 import matplotlib
 
 matplotlib.use("Agg")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler reports a missing GPU as an error
 import matplotlib.pyplot as plt
 import torch
 from decoder_benchmark.apart import Apart
 from decoder_benchmark.case import OBJECTS, PASSES, Case, MatrixProduct, products
+from decoder_benchmark.operations import operations
 from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 from torch import nn
@@ -71,12 +74,15 @@ from mmdet_lors.analysis.arguments import width_and_height
 from mmdet_lors.analysis.study import table
 from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
 from mmdet_lors.engine.launch import run
+from mmdet_lors.engine.machine import keep_memory
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 
 MOST_OTHER_WORK = 0.05
 """Of a core, beside which ratios are given."""
 PRODUCT = "matrix product"
+MOST_OPERATIONS = 14
+"""In a table of the profile, the longest first."""
 
 
 def apart(args: argparse.Namespace, **fixed: object) -> Apart:
@@ -241,7 +247,53 @@ def growth_section(args: argparse.Namespace, results: dict, picture: Path | None
     return lines
 
 
-SECTIONS = {"speed": speed_section, "memory": memory_section}
+def profile_section(args: argparse.Namespace, results: dict) -> list[str]:
+    """Where the time of each variant goes, one after the other in this process.
+
+    Raises:
+        UserError: there is a GPU to profile.
+    """
+    if args.device == "cuda":
+        raise UserError("--sections profile is for --device cpu: tools/gpu_check.py --sections profile is for a GPU")
+    if args.keep_memory:
+        keep_memory()
+    lines, matrices = [], MatrixProduct(args.device)
+    works = [work for work in args.work if work in PASSES]
+    for work, queries, batch, name in itertools.product(works, args.queries, args.batch, args.variants):
+        if VARIANTS[name].served and work != "inference":
+            continue
+        case = Case(name, work, queries, batch, args.size, "decoder", args.device)
+        before = [matrices() for _ in range(2)]
+        found = operations(case, args.repeats)
+        rate = MatrixProduct.side**3 / median([*before, matrices()])
+        results[f"profile/{work}/{queries}/{batch}/{name}"] = dict(rate=rate, operations=[vars(kind) for kind in found])
+        whole = sum(kind.seconds for kind in found)
+        multiplying = [kind for kind in found if kind.multiply_adds]
+        spent, done = sum(kind.seconds for kind in multiplying), sum(kind.multiply_adds for kind in multiplying)
+        rows = [
+            [
+                f"`{kind.name}` {kind.shapes}".strip(),
+                f"{kind.calls:.0f}",
+                f"{100 * kind.seconds / whole:.1f} %",
+                f"{kind.multiply_adds / kind.seconds / rate:.2f}" if kind.multiply_adds else "",
+            ]
+            for kind in found[:MOST_OPERATIONS]
+        ]
+        lines += table(
+            [f"{name}: {WORKS[work]}, {queries} queries, batch {batch}", "calls", "of the time", "of the matrix rate"],
+            rows,
+        )
+        lines += [
+            "",
+            f"{100 * spent / whole:.0f} % of the time goes into matrix products, which run at "
+            f"{done / spent / rate:.2f} of the matrix rate: {done / whole / rate:.2f} of it over all operations.",
+            "",
+        ]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+SECTIONS = {"speed": speed_section, "memory": memory_section, "profile": profile_section}
 
 
 def check(args: argparse.Namespace) -> None:
