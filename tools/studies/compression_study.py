@@ -213,7 +213,7 @@ def plot(found: Found, seeds: Mapping[Subject, int], picture: Path) -> None:
                 ax.plot(x, y, style, color=colour, label=way if field == "metric" else None)
         ax.axhline(mean(found[subject.name, seed]["metric"] for seed in range(number)), color="black", lw=1, ls=":")
         ax.set(xlabel="parameters, M", ylabel=subject.label, title=subject.name)
-        ax.legend()
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=len(WAYS))
     figure.savefig(picture, dpi=120)
 
 
@@ -230,7 +230,8 @@ def page(found: Found, seeds: Mapping[Subject, int], study: Study, command: str,
         "",
         "Parameters count the norms' statistics too; a budget does not, and may be larger by them. 256 training images "
         "are used for the outputs and the ranks. "
-        f"Recovery is the config's own training from the compressed model, without a teacher: {recovery}.",
+        f"Recovery is the config's own training from the compressed model, without a teacher: {recovery}. The models that "
+        "are not compressed were not trained on: what a compressed one has more than they is from those epochs.",
         "",
         "![accuracy over parameters](compression_study.png)",
         "",
