@@ -230,8 +230,8 @@ def page(found: Found, seeds: Mapping[Subject, int], study: Study, command: str,
         "",
         "Parameters count the norms' statistics too; a budget does not, and may be larger by them. 256 training images "
         "are used for the outputs and the ranks. "
-        f"Recovery is the config's own training from the compressed model, without a teacher: {recovery}. The models that "
-        "are not compressed were not trained on: what a compressed one has more than they is from those epochs.",
+        f"Recovery is the config's own training from the compressed model, without a teacher: {recovery}. The models "
+        "that are not compressed were not trained on: what a compressed one has more than they is from those epochs.",
         "",
         "![accuracy over parameters](compression_study.png)",
         "",
