@@ -21,7 +21,7 @@ SYSTEM = "bash cat dirname find flock grep head id mkdir nproc paste sed sha256s
 FAKE_UV = """
 import json, os, pathlib, subprocess, sys
 arguments = [argument for argument in sys.argv[1:] if argument != "-v"]
-names = ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "UV_INDEX", "UV_FIND_LINKS", "CXX")
+names = ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "UV_INDEX", "UV_FIND_LINKS", "UV_COMPILE_BYTECODE", "CXX")
 settings = {name: os.environ.get(name) for name in names}
 with open(os.environ["CALLS"], "a") as calls:
     print(json.dumps([arguments, settings]), file=calls)
@@ -296,6 +296,12 @@ def test_cuda_operators_need_a_gpu_and_the_nvcc_of_torch(trial, gpus, nvcc, choi
     [name] = trial.built()
     assert name.partition("-cuda-")[2] == (archs or "").replace(";", "-")
     assert trial.run(MMCV_CUDA=choice).stderr.endswith("is up to date\n")
+
+
+@pytest.mark.parametrize(("chosen", "told"), [({}, "1"), ({"UV_COMPILE_BYTECODE": "0"}, "0")])
+def test_packages_are_compiled_when_they_are_installed(trial, chosen, told):
+    trial.run(**chosen)
+    assert [how["UV_COMPILE_BYTECODE"] for _, how in trial.calls()] == [told] * 3
 
 
 def test_uv_is_installed_where_there_is_none_and_told_what_pip_knows(trial):

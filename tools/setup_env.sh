@@ -85,6 +85,8 @@ assert '2.0' <= mmcv.__version__ < '2.2' and (not '$archs' or ops.get_compiling_
 set_up() {
   compgen -G "$cache/mmcv-*" >/dev/null || command -v "${CXX:-c++}" >/dev/null ||
     fail "no C++ compiler (${CXX:-c++}), mmcv cannot be built: apt-get install g++"
+  # uv leaves compiling to each package's first import, and Python does not keep it with PYTHONDONTWRITEBYTECODE.
+  export UV_COMPILE_BYTECODE=${UV_COMPILE_BYTECODE-1}
   mkdir -p "$cache" && exec 9>"$cache/lock"
   flock -n 9 || { say "another set-up is running, waiting for it" && flock 9; }
   find_uv
