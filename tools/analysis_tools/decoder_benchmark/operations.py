@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
@@ -26,26 +27,33 @@ class Operation:
 def operations(work: Callable[[], object], rounds: int) -> list[Operation]:
     """What a work does, the longest first, after one round that does not count.
 
+    Shapes are of another round than times: while it records shapes, the profiler keeps all tensors, so that nothing of
+    their memory is used again.
+
     Args:
-        work: does it once.
+        work: does the same operations every time.
         rounds: how often it is done.
     """
     work()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiler:
-        for _ in range(rounds):
-            work()
     found: dict[tuple[str, str], Operation] = {}
-    for event in profiler.events():
-        if not event.name.startswith("aten::"):
-            continue
-        shapes = ""
-        if event.name in PRODUCTS:
-            factors = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
-            shapes = " by ".join(" x ".join(map(str, shape)) for shape in factors)
-        kind = found.setdefault((event.name, shapes), Operation(event.name.removeprefix("aten::"), shapes))
-        kind.seconds += event.self_cpu_time_total / 1e6 / rounds
-        # The last product of what is computed again in the backward pass stops before it begins.
-        if not shapes or any(called.name == "aten::resolve_conj" for called in event.cpu_children):
-            kind.calls += 1 / rounds
-            kind.multiply_adds += event.flops / 2 / rounds if shapes else 0
+    shaped = _events(work, record_shapes=True, with_flops=True)
+    for _ in range(rounds):
+        for event, timed in zip(shaped, _events(work), strict=True):
+            shapes = ""
+            if event.name in PRODUCTS:
+                factors = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
+                shapes = " by ".join(" x ".join(map(str, shape)) for shape in factors)
+            kind = found.setdefault((event.name, shapes), Operation(event.name.removeprefix("aten::"), shapes))
+            kind.seconds += timed.self_cpu_time_total / 1e6 / rounds
+            # The last product of what is computed again in the backward pass stops before it begins.
+            if not shapes or any(called.name == "aten::resolve_conj" for called in event.cpu_children):
+                kind.calls += 1 / rounds
+                kind.multiply_adds += event.flops / 2 / rounds if shapes else 0
     return sorted(found.values(), key=lambda kind: -kind.seconds)
+
+
+def _events(work: Callable[[], object], **record: bool) -> list[FunctionEvent]:
+    """PyTorch's operations of one round, in order."""
+    with profile(activities=[ProfilerActivity.CPU], **record) as profiler:
+        work()
+    return [event for event in profiler.events() if event.name.startswith("aten::")]
