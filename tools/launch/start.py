@@ -10,10 +10,16 @@ SPIN_COUNT = 1000
 takes the core from every other process meanwhile (docs/speed.md)."""
 
 
+PRIMITIVES = 256
+"""How many convolutions oneDNN keeps prepared on a CPU, each for one size of image; its own choice is 1024. One size takes
+some fifty to a hundred, and images of many sizes fill gigabytes with the rest."""
+
+
 def prepare_process() -> None:
-    """How OpenMP's threads wait, unless the environment says."""
+    """How OpenMP's threads wait and what oneDNN keeps, unless the environment says."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRIMITIVES))
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
