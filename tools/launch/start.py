@@ -11,8 +11,8 @@ takes the core from every other process meanwhile (docs/speed.md)."""
 
 
 PRIMITIVES = 256
-"""How many convolutions oneDNN keeps prepared on a CPU, each for one size of image; its own choice is 1024. One size takes
-some fifty to a hundred, and images of many sizes fill gigabytes with the rest."""
+"""How many convolutions oneDNN keeps prepared on a CPU, each for one size of image. Its own choice is 1024, of which
+one size takes fifty to a hundred; images of many sizes fill gigabytes with the rest."""
 
 
 def prepare_process() -> None:
