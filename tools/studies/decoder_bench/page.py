@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from mmdet_lors.analysis.study import machine, table
 
@@ -18,6 +19,7 @@ from .rows import CLAIMS, LORS, PLAIN, ROWS, Bench, Row
 def plot(found: Found, path: Path) -> None:
     """Mean AP over decoder parameters, with the standard deviation over seeds."""
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    points = []
     for row in ROWS:
         runs = list(succeeded(found, row.name).values())
         if not runs or row.length != 1 or row.optimizer or row.warm_up != Row.warm_up or row.warm_start:
@@ -25,11 +27,24 @@ def plot(found: Found, path: Path) -> None:
         aps, place = [run["ap"] for run in runs], runs[0]["parameters"] / 1e6
         colour = "tab:orange" if "lors" in row.decoder else "tab:blue"
         axes.errorbar(place, mean(aps), stdev(aps) if len(aps) > 1 else 0, fmt="o", color=colour, capsize=3)
-        axes.annotate(row.name, (place, mean(aps)), textcoords="offset points", xytext=(6, 3), fontsize=8)
+        points.append((mean(aps), place, row.name))
     axes.set(xlabel="decoder parameters, millions", ylabel="AP, validation split")
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.1)
+    _label(axes, points)
     figure.savefig(path, dpi=110)
+
+
+def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Names beside points of (y, x, name), the upper ones first; one below another where they would overlap."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    width, height = 0.13 * (right - left), 0.024 * (top - bottom)
+    taken: list[tuple[float, float]] = []
+    for y, x, name in sorted(points, reverse=True):
+        free = min([y, *(above - height for above, beside in taken if abs(beside - x) < width)])
+        taken.append((free, x))
+        line = dict(arrowstyle="-", color="0.7", shrinkA=0, shrinkB=3)
+        axes.annotate(name, (x, y), xytext=(x + width / 6, free), fontsize=8, va="center", arrowprops=line)
 
 
 def convergence(found: Found) -> list[str]:
