@@ -273,7 +273,7 @@ def profile_section(args: argparse.Namespace, results: dict) -> list[str]:
         rows = [
             [
                 f"`{kind.name}` {kind.shapes}".strip(),
-                f"{kind.calls:.0f}",
+                str(kind.calls),
                 f"{100 * kind.seconds / whole:.1f} %",
                 f"{kind.multiply_adds / kind.seconds / rate:.2f}" if kind.multiply_adds else "",
             ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +17,7 @@ class Operation:
     name: str
     shapes: str
     """Of a matrix product's factors; else empty."""
-    calls: float = 0
+    calls: int = 0
     """A round."""
     seconds: float = 0
     """A round, without the operations that it calls."""
@@ -37,18 +38,18 @@ def operations(work: Callable[[], object], rounds: int) -> list[Operation]:
     work()
     found: dict[tuple[str, str], Operation] = {}
     shaped = _events(work, record_shapes=True, with_flops=True)
-    for _ in range(rounds):
-        for event, timed in zip(shaped, _events(work), strict=True):
-            shapes = ""
-            if event.name in PRODUCTS:
-                factors = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
-                shapes = " by ".join(" x ".join(map(str, shape)) for shape in factors)
-            kind = found.setdefault((event.name, shapes), Operation(event.name.removeprefix("aten::"), shapes))
-            kind.seconds += timed.self_cpu_time_total / 1e6 / rounds
-            # The last product of what is computed again in the backward pass stops before it begins.
-            if not shapes or any(called.name == "aten::resolve_conj" for called in event.cpu_children):
-                kind.calls += 1 / rounds
-                kind.multiply_adds += event.flops / 2 / rounds if shapes else 0
+    timed = [_events(work) for _ in range(rounds)]
+    for event, *times in zip(shaped, *timed, strict=True):
+        shapes = ""
+        if event.name in PRODUCTS:
+            factors = [shape for shape in event.input_shapes if len(shape) > 1][-2:]
+            shapes = " by ".join(" x ".join(map(str, shape)) for shape in factors)
+        kind = found.setdefault((event.name, shapes), Operation(event.name.removeprefix("aten::"), shapes))
+        kind.seconds += mean(time.self_cpu_time_total for time in times) / 1e6
+        # The last product of what is computed again in the backward pass stops before it begins.
+        if not shapes or any(called.name == "aten::resolve_conj" for called in event.cpu_children):
+            kind.calls += 1
+            kind.multiply_adds += event.flops / 2 if shapes else 0
     return sorted(found.values(), key=lambda kind: -kind.seconds)
 
 
