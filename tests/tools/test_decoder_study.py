@@ -64,6 +64,14 @@ def test_differences_are_paired_by_seed_with_students_intervals(part):
     assert part("results").Difference.of(found(part, LORS=[0.5], plain=[0.5, 0.4]), "LORS", "plain") is None
 
 
+def test_all_rows_tell_how_much_seeds_change(part):
+    runs = found(part, plain=[0.5, 0.4, 0.3], LORS=[0.51, 0.42, 0.33], **{"LORST r1": [0.52, 0.42, 0.32]})
+    # What row and seed leave: -0.01, 0, 0.01 thirds of 1, -2 and 1; four degrees of freedom.
+    assert part("results").residual(runs) == (pytest.approx((2 * (1 + 4 + 1) / 9 * 1e-4 / 4) ** 0.5), 4)
+    difference = part("results").Difference.of(runs, "LORS", "plain")
+    assert difference == pytest.approx((0.02, 0.02 - 0.0130883, 0.02 + 0.0130883), abs=1e-6)  # 2.7764 * 0.00471
+
+
 @pytest.mark.parametrize(
     ("gain", "said"), [(0.02, "**have not converged**"), (0.002, "have converged"), (-0.02, "have not converged")]
 )

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from mmdet_lors.analysis.study import machine, table
 
-from .results import MARGIN, Difference, Found, Results, succeeded
+from .results import MARGIN, Difference, Found, Results, residual, succeeded
 from .rows import CLAIMS, LORS, PLAIN, ROWS, Bench, Row
 
 
@@ -117,7 +117,7 @@ def page(results: Results, command: str, picture: str) -> str:
         "## The paper's claims, and the control that it lacks",
         "",
     ]
-    told = []
+    told, (deviation, freedom) = [], residual(found)
     for claim in CLAIMS:
         difference = Difference.of(found, claim.row, claim.base)
         verdict = difference.verdict(claim.equal) if difference else "fewer than two pairs"
@@ -125,9 +125,10 @@ def page(results: Results, command: str, picture: str) -> str:
     lines += table(["table", "claim", "rows", "difference of AP [95 %]", "verdict"], told)
     lines += [
         "",
-        "Differences are paired by seed and features; intervals are Student's. A claim that rows are equal holds if "
-        f"the interval lies within {MARGIN} of zero, one that a row is better if it lies above zero. Seconds are by "
-        "the clock, beside whatever else the machine did.",
+        "Differences are paired by seed and features; intervals are Student's, with one standard deviation for all "
+        f"rows, {deviation:.4f} ({freedom} degrees of freedom, rows and seeds as a two-way analysis of variance). A "
+        f"claim that rows are equal holds if the interval lies within {MARGIN} of zero, one that a row is better if it "
+        "lies above zero. Seconds are by the clock, beside whatever else the machine did.",
         "",
     ]
     failed = [

@@ -5,9 +5,10 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
+import numpy as np
 from scipy.stats import t as student
 
 from mmdet_lors.engine.checkpoint.whole_files import write_whole
@@ -96,6 +97,22 @@ def succeeded(found: Found, row: str) -> dict[Key, dict]:
     return {key: outcome for key, outcome in found.get(row, {}).items() if "failed" not in outcome}
 
 
+def residual(found: Found) -> tuple[float, int]:
+    """Standard deviation that the effects of row and of key leave in AP, and its degrees of freedom.
+
+    ``AP = row + key + rest`` by least squares over all runs: the two-way analysis of variance, pooled over the rows,
+    whose two to five seeds tell little by themselves. With two rows of equal keys it is the paired test's.
+    """
+    runs = [(name, key, run["ap"]) for name in found for key, run in succeeded(found, name).items()]
+    effects = dict.fromkeys(effect for *both, _ in runs for effect in both)
+    design = np.array([[effect in (name, key) for effect in effects] for name, key, _ in runs], float)
+    aps = np.array([ap for *_, ap in runs])
+    fitted, _, rank, _ = np.linalg.lstsq(design, aps, rcond=None)
+    freedom = len(runs) - int(rank)
+    rest = float(((aps - design @ fitted) ** 2).sum())
+    return (math.sqrt(rest / freedom) if freedom else math.nan), freedom
+
+
 class Difference(NamedTuple):
     """Mean of a row's AP minus another's with the same seed and features, and its 95 % interval."""
 
@@ -110,7 +127,8 @@ class Difference(NamedTuple):
         each = [runs[key]["ap"] - others[key]["ap"] for key in sorted(runs.keys() & others.keys())]
         if len(each) < 2:
             return None
-        half = float(student.ppf(0.975, len(each) - 1)) * stdev(each) / math.sqrt(len(each))
+        deviation, freedom = residual(found)
+        half = float(student.ppf(0.975, freedom)) * deviation * math.sqrt(2 / len(each))
         return cls(mean(each), mean(each) - half, mean(each) + half)
 
     def verdict(self, equal: bool) -> str:
