@@ -16,6 +16,7 @@ from mmdet_lors.engine.checkpoint.safe_loading import hand_over
 from mmdet_lors.engine.config_check import check_config, check_operators
 from mmdet_lors.engine.launch import is_first_process, load_config
 from mmdet_lors.engine.machine import use_device
+from mmdet_lors.engine.parameter_groups import merge_groups
 from mmdet_lors.engine.processes.stop import Stopped, stop_at_once
 from mmdet_lors.engine.resume.start import choose_start, faults_in_one_line, how_to_go_on, make_resumable
 from mmdet_lors.errors import UserError
@@ -55,6 +56,7 @@ def prepare(args: argparse.Namespace) -> Config:
         model = build_without_weights(cfg.model)
         check_operators(model, cfg.model, get_device(), training=True)
     start = choose_start(cfg, args.resume)
+    merge_groups(cfg, start.checkpoint if start.resume else None)
     if start.checkpoint is not None:
         if is_first_process():
             check_fit(model, start.checkpoint, start.path, partly=not start.resume)

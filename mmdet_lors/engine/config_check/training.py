@@ -7,6 +7,7 @@ import torch
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 
+from mmdet_lors.engine.parameter_groups import MergingOptimWrapperConstructor
 from mmdet_lors.errors import UserError
 
 from .pipelines import is_known
@@ -32,7 +33,8 @@ def check_optimizer(wrapper: Any) -> None:
         return
     constructor = wrapper.get("constructor", "DefaultOptimWrapperConstructor")
     kind = find(constructor, OPTIM_WRAPPER_CONSTRUCTORS, where, "constructor")
-    if kind is not DefaultOptimWrapperConstructor and not isinstance(wrapper.get("optimizer"), dict):
+    default = kind in (DefaultOptimWrapperConstructor, MergingOptimWrapperConstructor)
+    if not default and not isinstance(wrapper.get("optimizer"), dict):
         return  # one of several optimizers, which only the constructor knows
     named = ("constructor", "paramwise_cfg")
     check_node(wrapper, where, OPTIM_WRAPPERS, "OptimWrapper", supplied=("optimizer",), named=named)
@@ -48,7 +50,7 @@ def check_optimizer(wrapper: Any) -> None:
         if (by := clip.get("type", "norm")) not in functions:
             raise UserError(f"{where}.clip_grad.type must be 'norm' or 'value', got {by!r}")
         bind(functions[by], clip, f"{where}.clip_grad", supplied=("parameters",))
-    if kind is DefaultOptimWrapperConstructor:
+    if default:
         for key in wrapper.get("paramwise_cfg") or {}:
             if key not in PARAMWISE:
                 raise UserError(f"{where}.paramwise_cfg.{key}: nothing reads it{meant(key, PARAMWISE)}")
