@@ -80,7 +80,7 @@ def page(results: Results, command: str, picture: str) -> str:
         "# Does LORS reach the plain decoder?",
         "",
         *([f"On this bench LORS's AP minus plain's is **{main}**, mean and 95 % interval: that LORS reaches plain with "
-           f"a third of its parameters **{main.verdict(equal=True)}**.", ""] if main else []),
+           f"a third of its parameters **{main.verdict(reaches=True)}**.", ""] if main else []),
         *([f"**Not finished**: {len(todo)} runs are still to be done.", ""] if todo else []),
         f"Made by `{command}`, page of {date.today()}; {machine()}. {len(good)} runs of {bench.iterations} iterations "
         f"(batch {bench.batch_size}, learning rate {bench.learning_rate}), one thread each, {hours:.1f} hours of "
@@ -120,15 +120,15 @@ def page(results: Results, command: str, picture: str) -> str:
     told, (deviation, freedom) = [], residual(found)
     for claim in CLAIMS:
         difference = Difference.of(found, claim.row, claim.base)
-        verdict = difference.verdict(claim.equal) if difference else "fewer than two pairs"
+        verdict = difference.verdict(claim.reaches) if difference else "fewer than two pairs"
         told.append([claim.table, claim.text, f"{claim.row} - {claim.base}", str(difference or ""), verdict])
     lines += table(["table", "claim", "rows", "difference of AP [95 %]", "verdict"], told)
     lines += [
         "",
         "Differences are paired by seed and features; intervals are Student's, with one standard deviation for all "
         f"rows, {deviation:.4f} ({freedom} degrees of freedom, rows and seeds as a two-way analysis of variance). A "
-        f"claim that rows are equal holds if the interval lies within {MARGIN} of zero, one that a row is better if it "
-        "lies above zero. Seconds are by the clock, beside whatever else the machine did.",
+        f"claim that a row reaches another's AP holds if the interval lies above {-MARGIN}, one that it is better if "
+        "it lies above zero. Seconds are by the clock, beside whatever else the machine did.",
         "",
     ]
     failed = [

@@ -18,7 +18,7 @@ from mmdet_lors.valid_json import to_json
 from .rows import ROWS, Bench, Row
 
 MARGIN = 0.01
-"""Two rows are called equal if the interval of their difference lies within this much AP."""
+"""A row reaches another if the interval of its AP minus the other's lies above minus this."""
 
 
 Key = tuple[int, str]
@@ -131,15 +131,11 @@ class Difference(NamedTuple):
         half = float(student.ppf(0.975, freedom)) * deviation * math.sqrt(2 / len(each))
         return cls(mean(each), mean(each) - half, mean(each) + half)
 
-    def verdict(self, equal: bool) -> str:
-        """What it says of a claim that the rows are equal, or that the first is better."""
-        if equal and self.low >= -MARGIN and self.high <= MARGIN:
+    def verdict(self, reaches: bool) -> str:
+        """What it says of a claim that the row reaches the other's AP, or, if not ``reaches``, that it has more."""
+        if self.low > (-MARGIN if reaches else 0):
             return "holds here"
-        if not equal and self.low > 0:
-            return "holds here"
-        if equal and (self.low > 0 or self.high < 0):
-            return f"does not hold here: {'more' if self.low > 0 else 'less'}"
-        return "does not hold here" if not equal and self.high <= 0 else "cannot be told"
+        return "does not hold here" if self.high <= 0 else "cannot be told"
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"

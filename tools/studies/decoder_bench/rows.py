@@ -105,8 +105,8 @@ class Claim(NamedTuple):
     text: str
     row: str
     base: str
-    equal: bool = False
-    """Whether it says that both reach the same; else that ``row`` reaches more."""
+    reaches: bool = False
+    """Whether it says that ``row`` reaches what ``base`` does; else that it reaches more."""
 
 
 CLAIMS = [
