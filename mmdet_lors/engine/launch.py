@@ -1,5 +1,6 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: config, launcher, one-line errors."""
 
+import gc
 import os
 import signal
 import sys
@@ -124,5 +125,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     if is_distributed():
-        # gloo's threads abort a process that ends while they still run.
+        # gloo's threads abort a process that ends while they still run. They end with the last that holds the group:
+        # the model in DistributedDataParallel, which is in a reference cycle with the runner.
         torch.distributed.destroy_process_group()
+        gc.collect()

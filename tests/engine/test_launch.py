@@ -21,6 +21,25 @@ launch.let_gloo_find_its_interface = lambda: print("waiting", flush=True)
 launch.load_config("{LORS_DIGITS}", launcher="pytorch")
 """
 
+ENDING = """
+import pathlib
+import torch
+from mmdet_lors.engine.launch import run
+
+def main():
+    torch.distributed.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    model.runner = [model]
+    print(threads(), flush=True)
+
+def threads():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+run(main)
+print(threads())
+"""
+
 
 def test_sigterm_ends_a_process_that_waits_for_others():
     env = dict(os.environ, RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -33,6 +52,15 @@ def test_sigterm_ends_a_process_that_waits_for_others():
             assert waits.wait(10) == -signal.SIGTERM
         finally:
             waits.kill()
+
+
+def test_gloos_threads_end_before_the_process_does():
+    """Those that free a tensor meanwhile abort it, after a run that was complete."""
+    env = dict(os.environ, RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    command = [sys.executable, "-W", "ignore", "-c", ENDING]
+    printed = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True, text=True).stdout
+    before, after = map(int, printed.split())
+    assert before > 0 and after == 0
 
 
 def test_configs_of_other_packages_are_found_without_their_metafiles(monkeypatch, root):

@@ -70,10 +70,10 @@ def test_another_package_that_is_run_imports_this_one_whole(python_m, tmp_path):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({}, {"GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}),
+        ({}, {"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}),
         ({"GOMP_SPINCOUNT": "7"}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}),
         ({"OMP_WAIT_POLICY": "active"}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}),
-        ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, {"GOMP_SPINCOUNT": "10000"}),
     ],
 )
 def test_a_process_is_told_what_its_environment_does_not_say(monkeypatch, given, told):

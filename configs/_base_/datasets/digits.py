@@ -19,8 +19,7 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,  # small pictures: a worker process would take a core from the threads that compute
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
         type="CheckedCocoDataset",
@@ -34,8 +33,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=16,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,
     drop_last=False,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(

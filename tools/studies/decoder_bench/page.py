@@ -1,6 +1,7 @@
 """Page and plot of the decoder study."""
 
 from datetime import date
+from math import cos, pi, sin
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -26,25 +27,32 @@ def plot(found: Found, path: Path) -> None:
             continue
         aps, place = [run["ap"] for run in runs], runs[0]["parameters"] / 1e6
         colour = "tab:orange" if "lors" in row.decoder else "tab:blue"
-        axes.errorbar(place, mean(aps), stdev(aps) if len(aps) > 1 else 0, fmt="o", color=colour, capsize=3)
-        points.append((mean(aps), place, row.name))
+        spread = stdev(aps) if len(aps) > 1 else 0.0
+        axes.errorbar(place, mean(aps), spread, fmt="o", color=colour, capsize=3)
+        points.append((place, mean(aps), spread, row.name))
     axes.set(xlabel="decoder parameters, millions", ylabel="AP, validation split")
     axes.grid(alpha=0.3)
-    axes.margins(x=0.15, y=0.1)
+    axes.margins(x=0.2, y=0.1)
     _label(axes, points)
     figure.savefig(path, dpi=110)
 
 
-def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Names beside points of (y, x, name), the upper ones first; one below another where they would overlap."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    width, height = 0.13 * (right - left), 0.024 * (top - bottom)
-    taken: list[tuple[float, float]] = []
-    for y, x, name in sorted(points, reverse=True):
-        free = min([y, *(above - height for above, beside in taken if abs(beside - x) < width)])
-        taken.append((free, x))
-        line = dict(arrowstyle="-", color="0.7", shrinkA=0, shrinkB=3)
-        axes.annotate(name, (x, y), xytext=(x + width / 6, free), fontsize=8, va="center", arrowprops=line)
+def _label(axes: Axes, points: list[tuple[float, float, float, str]]) -> None:
+    """Names of points (x, y, error, name), each at the nearest place that covers no error bar and no other name."""
+    axes.figure.draw_without_rendering()
+    pixels = [axes.transData.transform(point[:2]) for point in points]
+    scale = axes.transData.transform((0, 1))[1] - axes.transData.transform((0, 0))[1]
+    taken = [(*pixel, 6.0, 6.0 + scale * point[2]) for pixel, point in zip(pixels, points, strict=True)]  # half sizes
+    distances = [(r, turn * pi / 8) for r in range(8, 240, 8) for turn in range(16)]
+    for (x, y, _, name), pixel in zip(points, pixels, strict=True):
+        wide, high = 3.4 * len(name), 7.0
+        for r, angle in distances:
+            at = pixel[0] + (r + wide) * cos(angle), pixel[1] + (r + high) * sin(angle)
+            if not any(abs(at[0] - u) < wide + w and abs(at[1] - v) < high + h for u, v, w, h in taken):
+                break
+        taken.append((*at, wide, high))
+        style = dict(fontsize=8, ha="center", va="center", arrowprops=dict(arrowstyle="-", color="0.7", shrinkB=3))
+        axes.annotate(name, (x, y), xytext=axes.transData.inverted().transform(at), **style)
 
 
 def convergence(found: Found) -> list[str]:
