@@ -201,7 +201,7 @@ def test_lists_of_metrics_and_what_waits_for_them():
         {"default_hooks.checkpoint.save_best": None, "val_evaluator.metric_items": ["mAP_50"]},
         {"val_evaluator.metric": ["bbox", "segm"]},
         {"val_evaluator.classwise": True},
-        {"train_dataloader.num_workers": 0},
+        {"train_dataloader.num_workers": 1},
         {"work_dir": "x", "resume": True, "find_unused_parameters": True, "experiment_name": "x"},
         {"train_dataloader.num_batch_per_epoch": 3, "optim_wrapper.accumulative_counts": 2},
     ],
@@ -211,10 +211,13 @@ def test_right_settings_pass(options):
 
 
 def test_without_workers_what_they_alone_need_is_left_out():
-    cfg = load_config(ROOT / LORS_DIGITS, {"train_dataloader.num_workers": 0, "train_dataloader.prefetch_factor": 4})
+    options = {"val_dataloader.num_workers": 1}
+    for loader in ("train_dataloader", "val_dataloader"):
+        options |= {f"{loader}.persistent_workers": True, f"{loader}.prefetch_factor": 4}
+    cfg = load_config(ROOT / LORS_DIGITS, options)
     assert cfg.train_dataloader.num_workers == 0
     assert not {"persistent_workers", "prefetch_factor"} & set(cfg.train_dataloader)
-    assert cfg.val_dataloader.persistent_workers
+    assert cfg.val_dataloader.persistent_workers and cfg.val_dataloader.prefetch_factor == 4
 
 
 class Base:
