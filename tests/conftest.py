@@ -61,7 +61,7 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _recompute(monkeypatch):
     """What large models compute twice, the small ones of tests do as well."""
-    monkeypatch.setattr(recompute, "SMALL", 0)
+    monkeypatch.setattr(recompute, "small", lambda device: 0)
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-SMALL = 1 << 22
-"""Fewer numbers, 16 MB in float32, are kept: computing them again would take longer to prepare than to do."""
+
+def small(device: torch.device) -> int:
+    """Fewer numbers are kept: 128 MB in float32 on a CPU, which has much memory and computes slowly, else 16 MB."""
+    return 1 << 25 if device.type == "cpu" else 1 << 22
 
 
-def recompute(function: Callable[..., Tensor], *args: object, instead_of: int) -> Tensor:
-    """``function(*args)``, whose intermediate results the backward pass computes again instead of keeping them.
+def recompute(function: Callable[..., Tensor], x: Tensor, *args: object, instead_of: int) -> Tensor:
+    """``function(x, *args)``, whose intermediate results the backward pass computes again instead of keeping them.
 
     Only what leads up to the last thing that the backward pass needs is computed twice: a matrix product at the end of
     ``function`` runs once. ``function`` must draw no random numbers. Under torch.compile it does nothing: that
@@ -19,9 +21,9 @@ def recompute(function: Callable[..., Tensor], *args: object, instead_of: int) -
 
     Args:
         function: computes a tensor.
-        args: what it takes.
-        instead_of: how many numbers would be kept; below :data:`SMALL` they are.
+        x, args: what it takes.
+        instead_of: how many numbers would be kept; below :func:`small` they are.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or instead_of < SMALL:
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or instead_of < small(x.device):
+        return function(x, *args)
+    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=False)

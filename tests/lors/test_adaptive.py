@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmdet_lors.lors import LORSA, AdaptiveWeights, adaptive, recompute, static
+from mmdet_lors.lors.recompute import small
 
 SHAPES = [(4, 4), (6, 5)]
 
@@ -110,11 +111,17 @@ def test_fold_keeps_neither_the_folded_generator_nor_split_weights():
 
 @pytest.mark.parametrize(("size", "times"), [(8, 2), (7, 1)])
 def test_what_is_small_is_kept_and_what_is_large_computed_again(size, times, monkeypatch):
-    monkeypatch.setattr(recompute, "SMALL", 8)
+    monkeypatch.setattr(recompute, "small", {torch.device("cpu"): 8}.get)
     x, calls = torch.ones(2, requires_grad=True), []
     out = recompute.recompute(lambda x: calls.append(x) or x.exp().exp(), x, instead_of=size)
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert len(calls) == times and torch.allclose(gradient, (x + x.exp()).exp())
+
+
+def test_only_a_cpu_keeps_what_the_papers_model_mixes_at_batch_2_with_300_queries():
+    batch, queries, groups, points, channels = 2, 300, 2, 128, 128
+    mixed = batch * queries * groups * points * channels
+    assert small(torch.device("cuda")) < mixed < small(torch.device("cpu"))
 
 
 def test_a_layer_without_groups_is_the_shared_generator():
