@@ -8,8 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def small(device: torch.device) -> int:
-    """Fewer numbers are kept: 128 MB in float32 on a CPU, which has much memory and computes slowly, else 16 MB."""
-    return 1 << 25 if device.type == "cpu" else 1 << 22
+    """Fewer numbers are kept: 64 MB in float32 on a CPU, which has much memory and computes slowly, else 16 MB."""
+    return 1 << 24 if device.type == "cpu" else 1 << 22
 
 
 def recompute(function: Callable[..., Tensor], x: Tensor, *args: object, instead_of: int) -> Tensor:

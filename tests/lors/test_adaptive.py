@@ -118,10 +118,10 @@ def test_what_is_small_is_kept_and_what_is_large_computed_again(size, times, mon
     assert len(calls) == times and torch.allclose(gradient, (x + x.exp()).exp())
 
 
-def test_only_a_cpu_keeps_what_the_papers_model_mixes_at_batch_2_with_300_queries():
-    batch, queries, groups, points, channels = 2, 300, 2, 128, 128
-    mixed = batch * queries * groups * points * channels
-    assert small(torch.device("cuda")) < mixed < small(torch.device("cpu"))
+def test_of_the_papers_mixing_at_batch_2_with_300_queries_only_a_cpu_keeps_the_acm_and_nothing_the_asm():
+    batch, queries, groups, in_points, out_points, channels = 2, 300, 2, 64, 128, 128
+    acm, asm = (batch * queries * groups * points * channels for points in (in_points, out_points))
+    assert small(torch.device("cuda")) < acm < small(torch.device("cpu")) < asm
 
 
 def test_a_layer_without_groups_is_the_shared_generator():

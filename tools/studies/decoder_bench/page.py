@@ -111,12 +111,14 @@ def page(results: Results, command: str, picture: str) -> str:
             continue
         aps = [outcome["ap"] for outcome in of_row.values()]
         spread = f" ± {stdev(aps):.3f}" if len(aps) > 1 else ""
-        difference = Difference.of(found, row.name, PLAIN) if row.name != PLAIN else None
+        differences = [Difference.of(found, row.name, base) if row.name != base else None for base in (PLAIN, LORS)]
         parameters = next(iter(of_row.values()))["parameters"]
         ap50, seconds = ([run[name] for run in of_row.values()] for name in ("ap50", "seconds"))
         cells.append([row.name, row.what, f"{parameters / 1e6:.2f}", f"{mean(aps):.3f}{spread}", str(len(aps)),
-                      str(difference or ""), f"{mean(ap50):.3f}", f"{min(seconds):.0f}"])  # fmt: skip
-    header = ["row", "", "decoder parameters, M", "AP ± s.d.", "seeds", "AP - plain [95 %]", "AP50", "seconds"]
+                      *(str(difference or "") for difference in differences), f"{mean(ap50):.3f}",
+                      f"{min(seconds):.0f}"])  # fmt: skip
+    header = ["row", "", "decoder parameters, M", "AP ± s.d.", "seeds", "AP - plain [95 %]", "AP - LORS [95 %]", "AP50",
+              "seconds"]  # fmt: skip
     lines += table(header, cells)
     lines += [
         "",

@@ -89,6 +89,7 @@ ROWS = [
         optimizer=faster(0.5, ".A")),
     Row("no private decay", "no weight decay of A, B and E", lors(), optimizer={".private.": dict(decay_mult=0)}),
     Row("long warm-up", "learning rate rises for 15 % of the iterations", lors(), warm_up=0.15),
+    Row("plain, long warm-up", "learning rate rises for 15 % of the iterations", seeds=2, warm_up=0.15),
     Row("plain, lr / 2", "learning rate of everything", seeds=1, optimizer=faster(0.5, "")),
     Row("LORS, lr / 2", "learning rate of everything", lors(), seeds=1, optimizer=faster(0.5, "")),
     Row("plain, lr x2", "learning rate of everything", seeds=1, optimizer=faster(2, "")),
