@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def small(device: torch.device) -> int:
-    """Fewer numbers are kept: 64 MB in float32 on a CPU, which has much memory and computes slowly, else 16 MB."""
+    """As many numbers are computed again: 64 MB on a CPU, which has much memory and computes slowly, else 16 MB."""
     return 1 << 24 if device.type == "cpu" else 1 << 22
 
 
