@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained and evaluated AdaMixer+LORS: sets up the environment, makes the digits data set, trains,
-# evaluates, draws, and prints a summary. On two CPU cores: set-up about 8 minutes, training 9 to 13.
+# evaluates, draws, and prints a summary. On two CPU cores: set-up about 8 minutes, training 7 to 13.
 #
 # Usage: bash tools/quickstart.sh [--no-venv]
 #   --no-venv  use the active environment (see tools/setup_env.sh)
