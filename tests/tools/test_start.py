@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, load_tool
+from conftest import ROOT, free_port, load_tool
 
 TOOLS = sorted(
     path.relative_to(ROOT / "tools").as_posix()
@@ -58,6 +58,16 @@ def test_help_of_an_installed_tool_imports_no_torch(python_m):
 def test_an_installed_tool_says_how_openmp_waits_before_torch_is_imported(python_m):
     spins = load_tool("launch/start.py").SPIN_COUNT
     assert python_m("mmdet_lors", "train", "config.py").stderr in (f"spins {spins}\n", "spins 0\n")
+
+
+def test_the_launcher_says_it_to_all_processes_of_a_run(tmp_path):
+    shows = tmp_path / "shows.py"
+    shows.write_text("import os; print(os.environ['GOMP_SPINCOUNT'], flush=True)")
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= dict(PYTHON=sys.executable, PORT=str(free_port()))
+    command = ["bash", "-c", f"source tools/launch/dist.sh; launch 2 {shows}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout in ("0\n0\n", "10000\n10000\n"), done.stderr
 
 
 def test_another_package_that_is_run_imports_this_one_whole(python_m, tmp_path):
