@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from launch.start import prepare_process
 from mmengine.config import DictAction
 
 
@@ -68,7 +67,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports that take seconds
-    prepare_process()
     from mmdet_lors.engine.launch import run
 
     run(main)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from launch.start import add_common_options, prepare_process
+from launch.options import add_common_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +44,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     parse_args()  # --help and mistakes are answered before the imports that take seconds
-    prepare_process()
     from mmdet_lors.engine.launch import run
 
     run(main)

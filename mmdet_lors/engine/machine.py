@@ -1,9 +1,7 @@
 """Settings that differ between machines: the device that computes, and how a process starts another."""
 
 import copyreg
-import ctypes
 import multiprocessing
-import os
 import sys
 
 import mmengine.device.utils
@@ -11,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner.runner import _SlicedDataset
 
+from mmdet_lors.engine.cpu import prepare_cpu
 from mmdet_lors.errors import UserError
 
 try:
@@ -20,9 +19,6 @@ except ModuleNotFoundError:  # Windows has none
 
 AUTOMATIC = mmengine.device.utils.DEVICE
 """The type of device that mmengine uses if none is chosen: a GPU if it finds one."""
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Numbers of two settings of glibc's allocator, see ``man mallopt``."""
 
 
 def _count(kind: str) -> int:
@@ -73,23 +69,7 @@ def use_device(device: str | None, launcher: str = "none") -> None:
     # The value that get_device() returns, which all of mmengine calls; there is no setting for it.
     mmengine.device.utils.DEVICE = kind
     if kind == "cpu":
-        keep_memory()
-
-
-def keep_memory() -> None:
-    """Make glibc keep freed memory for the next iteration, which needs as much again.
-
-    It would give large blocks back to the system, which clears every page of them when they are asked for again. A
-    setting of the allocator in the environment has precedence.
-    """
-    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):  # another libc
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+        prepare_cpu()
 
 
 def peak_resident() -> int | None:

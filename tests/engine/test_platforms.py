@@ -181,7 +181,6 @@ def test_a_file_system_that_flushes_no_folders_is_no_failure(number, tmp_path, m
 
 def test_the_launcher_of_several_processes_refuses_other_systems(monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.syspath_prepend(ROOT / "tools" / "launch")
     with pytest.raises(SystemExit, match="error: several processes need Linux; elsewhere use a single one: "):
         runpy.run_path(str(ROOT / "tools" / "launch" / "torchrun.py"), run_name="__main__")
 

@@ -73,8 +73,8 @@ from torch import nn
 from mmdet_lors.analysis.arguments import width_and_height
 from mmdet_lors.analysis.study import table
 from mmdet_lors.analysis.timing import hardware, interleaved, ratio, seconds
+from mmdet_lors.engine.cpu import keep_memory
 from mmdet_lors.engine.launch import run
-from mmdet_lors.engine.machine import keep_memory
 from mmdet_lors.errors import UserError
 from mmdet_lors.valid_json import to_json
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch.distributed
-from start import prepare_process
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, main
 
@@ -46,7 +45,6 @@ if __name__ == "__main__":
     if not os.access("/proc/self/stat", os.R_OK):
         sys.exit("error: several processes need Linux; elsewhere use a single one: python tools/train.py CONFIG")
     signal.signal(signal.SIGTERM, pass_on)
-    prepare_process()  # Once for all: each would take the others, which start beside it, for other work.
     # torch 2.6 cannot be kept from handling SIGTERM itself.
     known = "--signals-to-handle" in get_args_parser().format_help()
     try:

@@ -10,7 +10,8 @@ from mmdet.utils import register_all_modules
 from mmengine.logging import MMLogger
 
 from mmdet_lors.analysis.timing import Observed, observed
-from mmdet_lors.engine.machine import keep_memory, peak_resident
+from mmdet_lors.engine.cpu import keep_memory
+from mmdet_lors.engine.machine import peak_resident
 from mmdet_lors.errors import UserError
 
 FRESH = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mmdet_lors.analysis.study import call, evaluate, last_epoch_only, once, read, train
 from mmdet_lors.conversion.warm_start import start_from_plain_
-from mmdet_lors.engine.machine import keep_memory
+from mmdet_lors.engine.cpu import keep_memory
 from mmdet_lors.errors import first_line
 
 from .rows import Bench, Row
