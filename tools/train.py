@@ -2,7 +2,7 @@
 
 import argparse
 
-from launch.options import add_common_options
+from launch.common_options import add_common_options
 
 
 def parse_args() -> argparse.Namespace:
