@@ -160,11 +160,20 @@ def test_busy_seconds_are_those_of_the_process_s_cores_and_of_any_work(monkeypat
     assert cpu._seconds({0, 3})[1] == (654321 + 6) / 2
 
 
-@pytest.mark.parametrize(("threads", "file"), [(1, "stat"), (4, "none")])
-def test_one_thread_and_other_systems_are_left_alone(monkeypatch, tmp_path, threads, file):
+@pytest.mark.parametrize(
+    ("threads", "file", "settings"),
+    [
+        (1, "stat", {}),
+        (4, "none", {}),
+        (4, "stat", {"GOMP_SPINCOUNT": "7"}),
+        (4, "stat", {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_one_thread_other_systems_and_the_users_choice_are_left_alone(monkeypatch, tmp_path, threads, file, settings):
     (tmp_path / "stat").touch()
     monkeypatch.setattr(cpu, "SYSTEM", tmp_path / file)
     monkeypatch.setattr(cpu.torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(cpu, "Watch", lambda *_: pytest.fail("watches"))
-    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "environ", settings)
     cpu.share_cores.__wrapped__()
+    assert os.environ == settings
