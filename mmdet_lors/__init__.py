@@ -16,5 +16,5 @@ if has_mmdet() and not _for_main:
     check_versions()  # Before anything imports mmdet.
 
     from . import adamixer, datasets, pela, registry, valid_json, visualization, with_lora, with_lors  # noqa: F401
-    from .engine import amp, checkpoint, hooks, log_line, non_finite, parameter_groups, zero  # noqa: F401
+    from .engine import amp, checkpoint, hooks, late_hooks, log_line, non_finite, parameter_groups, zero  # noqa: F401
     from .engine.resume import loops  # noqa: F401

@@ -4,6 +4,7 @@ _base_ = "default_runtime.py"
 custom_imports = dict(imports=["mmdet_lors", "mmdet_lors.classification"])
 default_hooks = dict(
     _delete_=True,
+    runtime_info=dict(type="LateRuntimeInfoHook"),
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50),
     param_scheduler=dict(type="ParamSchedulerHook"),

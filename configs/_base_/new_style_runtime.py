@@ -5,12 +5,14 @@ from mmengine.visualization import LocalVisBackend
 from mmdet_lors.datasets.evaluation import EvaluatedDataHook
 from mmdet_lors.engine.checkpoint.hook import ReliableCheckpointHook
 from mmdet_lors.engine.hooks import ServeFoldedHook
+from mmdet_lors.engine.late_hooks import LateRuntimeInfoHook
 from mmdet_lors.engine.log_line import ShortLogProcessor
 from mmdet_lors.engine.non_finite import StopOnNonFiniteHook
 from mmdet_lors.visualization import DetectionVisualizer, PicturesHook
 
 default_scope = None
 default_hooks = dict(
+    runtime_info=dict(type=LateRuntimeInfoHook),
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, interval=50),
     param_scheduler=dict(type=ParamSchedulerHook),

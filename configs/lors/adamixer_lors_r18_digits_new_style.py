@@ -2,7 +2,6 @@
 from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets.transforms import LoadAnnotations, PackDetInputs, Resize
 from mmdet.models.backbones import ResNet
-from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.losses import FocalLoss, GIoULoss, L1Loss
 from mmdet.models.task_modules.assigners import BBoxL1Cost, FocalLossCost, HungarianAssigner, IoUCost
 from mmengine.config import read_base
@@ -11,6 +10,7 @@ from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop
 from torch.optim import AdamW
 
+from mmdet_lors.adamixer.data_preprocessor import NonBlockingDetDataPreprocessor
 from mmdet_lors.adamixer.decoder import AdaMixerDecoder
 from mmdet_lors.adamixer.detector import QueryBased
 from mmdet_lors.adamixer.neck import ChannelMapping
@@ -24,12 +24,11 @@ with read_base():
 model = dict(
     type=QueryBased,
     data_preprocessor=dict(
-        type=DetDataPreprocessor,
+        type=NonBlockingDetDataPreprocessor,
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_size_divisor=32,
-        non_blocking=True,
     ),
     backbone=dict(
         type=ResNet,

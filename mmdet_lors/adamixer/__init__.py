@@ -1,5 +1,6 @@
-"""AdaMixer on MMDetection: neck, initial queries, sampling, mixing, stage, decoder, detector."""
+"""AdaMixer on MMDetection: data preprocessor, neck, initial queries, sampling, mixing, stage, decoder, detector."""
 
+from .data_preprocessor import NonBlockingDetDataPreprocessor
 from .decoder import AdaMixerDecoder
 from .detector import QueryBased
 from .neck import ChannelMapping
@@ -11,5 +12,6 @@ __all__ = [
     "AdaMixerDecoderStage",
     "ChannelMapping",
     "InitialQueryGenerator",
+    "NonBlockingDetDataPreprocessor",
     "QueryBased",
 ]

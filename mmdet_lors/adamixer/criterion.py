@@ -17,9 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mmdet_lors.errors import UserError
+from mmdet_lors.transfer import constants_do_not_wait, to_device
 
 from .stage import StageOutput
-from .transfer import constants_do_not_wait, to_device
 
 
 class Matching(NamedTuple):
@@ -69,7 +69,7 @@ class Criterion(BaseModule):
         """Losses of every stage, 'stage{i}_loss_cls', '..._loss_bbox', '..._loss_iou', and '..._pos_acc' in %."""
         outputs = self(feats, xyzr, content)
         losses = {}
-        with constants_do_not_wait(feats[0]):
+        with constants_do_not_wait(feats[0].device):
             matching = self.assign(outputs, batch_data_samples)
             bboxes = outputs[0].bboxes
             sizes = to_device([s.metainfo["img_shape"][1::-1] * 2 for s in batch_data_samples], bboxes)

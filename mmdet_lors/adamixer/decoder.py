@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mmdet_lors.errors import UserError
 from mmdet_lors.lors import LORSA, LORST
+from mmdet_lors.transfer import to_device
 
 from .boxes import xyzr_to_xyxy
 from .criterion import Criterion
 from .early_exit import EarlyExit
 from .sampling.backends import BACKENDS, arrange
 from .stage import StageOutput
-from .transfer import to_device
 
 Half = TypeVar("Half", LORSA, LORST)
 
@@ -161,16 +161,19 @@ class AdaMixerDecoder(Criterion):
                 f"decoder.featmap_strides has {len(self.featmap_strides)} entries for {len(feats)} feature levels"
             )
         pyramid = arrange(feats, self.featmap_strides, self.stages[0].mixing.copies, self.sampling)
-        generators = self.lorsa and self.lorsa.for_pass()
-        projections = self.lorst and self.lorst.for_pass()
-        outputs = []
+        generators = None if self.lorsa is None else self.lorsa.for_pass()
+        projections = None if self.lorst is None else self.lorst.for_pass()
+        outputs, positions, contents = [], xyzr, content
         for i in range(until.num_stages):
-            generate = self.lorsa and partial(self.lorsa, layer=i, folded=generators)
-            project = self.lorst and partial(self.lorst, layer=i, folded=projections)
-            cls_score, xyzr, content = self.stages[i](pyramid, xyzr, content, generate, project)
-            outputs.append(StageOutput(cls_score, xyzr, xyzr_to_xyxy(xyzr), content))
-            xyzr, content = until.next(i, outputs[-1])
-            xyzr = xyzr.detach()
+            generate = self.lorsa and partial(self.lorsa, layer=i, folded=generators and generators.layers)
+            project = self.lorst and partial(self.lorst, layer=i, folded=projections and projections.layers)
+            cls_score, positions, contents = self.stages[i](pyramid, positions, contents, generate, project)
+            outputs.append(StageOutput(cls_score, positions, xyzr_to_xyxy(positions), contents))
+            positions, contents = until.next(i, outputs[-1])
+            positions = positions.detach()
+        served = (self.lorsa, generators), (self.lorst, projections)
+        if any([half is not None and half.outdated(layers) for half, layers in served]):
+            return self(feats, xyzr, content, until)
         return outputs
 
     def predict(

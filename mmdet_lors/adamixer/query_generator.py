@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .transfer import to_device
+from mmdet_lors.transfer import to_device
 
 
 @MODELS.register_module()

@@ -5,12 +5,11 @@ import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import all_gather_object, all_reduce, get_rank, is_distributed
-from mmengine.hooks import Hook
+from mmengine.dist import all_gather_object, all_reduce, get_rank
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor
@@ -18,23 +17,41 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import BatchSampler
 
 from mmdet_lors.errors import UserError
+from mmdet_lors.transfer import ToHost
 
 from .build import bare
 from .first_non_finite import first_non_finite
+from .late_hooks import ReadLateHook
 from .random_state import random_state, set_random_state
 
 SHOWN = 8
 """How many images of a batch the error names; the log names all."""
 
 
+class Step(NamedTuple):
+    """A training step of which the host does not know yet whether it was finite."""
+
+    epoch: int
+    iter: int
+    batch_idx: int
+    batch: Any
+    random_state: dict
+    """Before it: with the same random numbers it can be run again."""
+    updating: bool = False
+    """Whether the weights were to be updated, and not only gradients accumulated."""
+    numbers: ToHost | None = None
+    """Loss, gradient norm, and whether any process has a non-finite loss, or norm."""
+
+
 @HOOKS.register_module()
-class StopOnNonFiniteHook(Hook):
+class StopOnNonFiniteHook(ReadLateHook):
     """Watches the loss and gradient norm of every training step.
 
-    A step whose gradient is not finite updates nothing. The host has to know that before the optimizer's step: there it
-    waits for the device, once per update, and all that is logged comes in the same transfer. All processes stop
-    together after ``patience`` steps in a row with a non-finite loss or gradient. A loss scaler (``AmpOptimWrapper``)
-    finds its scale by steps with a finite loss and a gradient that overflows: such steps have their own limit.
+    A step whose gradient is not finite updates nothing: a fused optimizer finds that on the device, before others the
+    host waits for the norm. All processes stop together after ``patience`` steps in a row with a non-finite loss or
+    gradient. The host learns of them a step later (:class:`ReadLateHook`), until when nothing is updated; with a
+    patience above 1 it waits for every step. A loss scaler (``AmpOptimWrapper``) finds its scale by steps with a finite
+    loss and a gradient that overflows: such steps have their own limit.
 
     ``grad_norm`` is logged even if the optimizer wrapper has no ``clip_grad``.
 
@@ -54,10 +71,6 @@ class StopOnNonFiniteHook(Hook):
                 raise UserError(f"StopOnNonFiniteHook.{name} must be 1 or more, got {value!r}")
         self.patience, self.max_skipped_steps = patience, max_skipped_steps
         self.failed = self.skipped = 0
-        self.norm: float | Tensor | None = None
-        self.log_vars: dict[str, Any] = {}
-        self.on_host: dict[str, Any] | None = None
-        self.batch, self.batch_idx, self.random_state = None, 0, None
 
     def before_train(self, runner: Runner) -> None:
         """Watch the optimizer and the training step.
@@ -67,42 +80,30 @@ class StopOnNonFiniteHook(Hook):
         """
         if not hasattr(runner.optim_wrapper, "optimizer"):
             raise UserError("StopOnNonFiniteHook watches one optimizer; optim_wrapper has several")
-        wrapper, model = runner.optim_wrapper, bare(runner.model)
-        self.handle = wrapper.optimizer.register_step_pre_hook(
-            lambda optimizer, *_: self._before_step(runner, optimizer)
-        )
+        wrapper = runner.optim_wrapper
+        self.stopping: Tensor | bool = False
+        self.scaler = getattr(wrapper, "loss_scaler", None)
+        self.handle = wrapper.optimizer.register_step_pre_hook(lambda optimizer, *_: self._guard(optimizer))
         runner.model.train_step = self._watched(runner, runner.model.train_step)
-        if hasattr(model, "parse_losses"):
-            model.parse_losses = self._noting_losses(model.parse_losses)
         if wrapper.clip_grad_kwargs:
             wrapper.clip_func = self._noting_norm(wrapper.clip_func)
 
     def after_train(self, runner: Runner) -> None:
         """Stop watching."""
+        super().after_train(runner)
+        wrapper = runner.optim_wrapper
         self.handle.remove()
-        wrapper, model = runner.optim_wrapper, bare(runner.model)
+        vars(wrapper.optimizer).pop("found_inf", None)
         del runner.model.train_step
-        vars(model).pop("parse_losses", None)
         if wrapper.clip_grad_kwargs:
             wrapper.clip_func = wrapper.clip_func.__wrapped__
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Store what is needed to run this step again."""
-        self.norm, self.log_vars, self.on_host = None, {}, None
-        self.batch, self.batch_idx = data_batch, batch_idx
-        self.random_state = random_state()
+        self.norm: Tensor | None = None
+        self.step = Step(runner.epoch, runner.iter, batch_idx, data_batch, random_state())
         # A single forward pass on NaN corrupts running statistics for good.
         self.buffers = [buffer.clone() for buffer in runner.model.buffers()] if self.patience > 1 else []
-
-    def _noting_losses(self, parse_losses: Callable) -> Callable:
-        """Keep what is to be logged, in the very dict that the training step returns."""
-
-        @wraps(parse_losses)
-        def noting(losses):
-            loss, self.log_vars = parse_losses(losses)
-            return loss, self.log_vars
-
-        return noting
 
     def _noting_norm(self, clip: Callable) -> Callable:
         """Keep the norm, and from mmengine, which would wait for its value."""
@@ -113,36 +114,23 @@ class StopOnNonFiniteHook(Hook):
 
         return noting
 
-    def _before_step(self, runner: Runner, optimizer: torch.optim.Optimizer) -> None:
-        """Read the norm, and drop non-finite gradients: an optimizer then changes neither weights nor its state."""
+    def _guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the optimizer's step: if the norm is not finite, change neither weights nor the optimizer's state."""
         if self.norm is None:
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             scale = getattr(optimizer, "grad_scale", None)
             if scale is not None:  # a fused optimizer with a loss scaler divides by the scale only later
                 grads = [grad / scale.to(grad.device) for grad in grads]
             self.norm = get_total_norm(grads)
-        self._read(runner, self.log_vars)
-        if not math.isfinite(self.norm):
+        bad = ~self.norm.isfinite() | self.stopping
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: reads found_inf, which loss scalers set
+            scalers = getattr(optimizer, "found_inf", bad) if self.scaler else bad
+            optimizer.found_inf = bad.float().maximum(scalers.float())
+        elif bad:
             optimizer.zero_grad(set_to_none=True)
 
-    def _read(self, runner: Runner, log_vars: dict[str, Any]) -> None:
-        """Bring the norm and the tensors that are to be logged to the host, in one transfer."""
-        norm = {} if self.norm is None or isinstance(self.norm, float) else {None: self.norm}
-        tensors = norm | {key: value for key, value in log_vars.items() if isinstance(value, Tensor)}
-        here = next(iter(tensors.values())).device if tensors else None
-        tensors = {key: value for key, value in tensors.items() if value.numel() == 1 and value.device == here}
-        if not tensors:
-            return
-        # On the CPU they stay tensors, as other hooks expect.
-        host = dict(zip(tensors, torch.cat([t.detach().reshape(1) for t in tensors.values()]).cpu(), strict=True))
-        if norm:
-            self.norm = float(host.pop(None))
-            runner.message_hub.update_scalar("train/grad_norm", self.norm)
-        log_vars.update(host)
-        self.on_host = log_vars
-
     def _watched(self, runner: Runner, train_step: Callable) -> Callable:
-        """Read what is to be logged at once. Report a step that fails by its images, and by NaN if that is why.
+        """Log the norm. Report a step that fails by its images, and by NaN if that is why.
 
         Hungarian matching fails on NaN.
         """
@@ -150,78 +138,89 @@ class StopOnNonFiniteHook(Hook):
         def step(*args, **kwargs):
             try:
                 outputs = train_step(*args, **kwargs)
-                if outputs is not self.on_host:  # nothing was updated
-                    self._read(runner, outputs or {})
+                if self.norm is not None and isinstance(outputs, dict):
+                    outputs["grad_norm"] = self.norm
                 return outputs
             except (UserError, torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:
-                images = self._images(runner)
+                self.read_rest(runner)
+                images = self._images(runner, self.step)
                 try:
-                    found = self._find(runner)
+                    found = self._find(runner, self.step)
                 except RuntimeError:  # a GPU that has failed cannot run anything again
                     found = []
                 if not found:
                     print_log(f"the training step failed on images {', '.join(images)}", "current", logging.ERROR)
                     raise
                 reason = f"{type(error).__name__} ({' '.join(str(error).split())[:80]})"
-                raise UserError(self._line(runner, f"the training step failed with {reason}", images, found)) from error
+                text = f"the training step failed with {reason}"
+                raise UserError(self._line(self.step, text, images, found)) from error
 
         return step
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
+    def at_once(self, runner: Runner, batch_idx: int) -> bool:
+        return self.patience > 1 or super().at_once(runner, batch_idx)
+
+    def send(self, runner: Runner, outputs: dict | None) -> Step:
+        """Loss and norm, of which all processes are to know whether they are finite."""
+        loss = torch.as_tensor((outputs or {}).get("loss", 0.0)).detach().float()
+        updating = runner.optim_wrapper.should_update()
+        norm = self.norm if self.norm is not None else torch.full_like(loss, math.inf if updating else 0.0)
+        numbers = torch.stack([loss.to(norm.device), norm.float()])
+        anywhere = (~numbers.isfinite()).float()
+        all_reduce(anywhere)
+        if self.patience == 1:  # then nothing is updated until the host knows
+            self.stopping = self.stopping | (anywhere[0] if self.scaler else anywhere.amax()).bool()
+        return self.step._replace(updating=updating, numbers=ToHost(torch.cat([numbers, anywhere])))
+
+    def read(self, runner: Runner, sent: Step) -> None:
         """Count non-finite steps, and stop the run at the limit.
 
         Raises:
             UserError: the limit is reached.
         """
-        loss = torch.as_tensor((outputs or {}).get("loss", 0.0)).item()
-        updating = runner.optim_wrapper.should_update()
-        here = not math.isfinite(loss), updating and (self.norm is None or not math.isfinite(self.norm))
-        lost, skipped = _anywhere(*here)
+        loss, norm, lost, skipped = sent.numbers.read().tolist()
         if not (lost or skipped):
             # A step that only accumulates gradients does not test the loss scale.
-            self.failed, self.skipped = 0, 0 if updating else self.skipped
+            self.failed, self.skipped = 0, 0 if sent.updating else self.skipped
             return
-        scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
-        if lost or scaler is None:
+        if lost or self.scaler is None:
             self.failed += 1
-            what, enough = "loss" if lost else "gradient norm", self.failed >= self.patience
+            text = f"loss is {loss}" if lost else f"gradient norm is {norm}"
+            level, enough = logging.WARNING, self.failed >= self.patience
         else:
             self.skipped += 1
-            what, enough = "scaled gradient", self.skipped >= self.max_skipped_steps
-        value = loss if lost else self.norm if self.norm is not None else math.inf
-        text = f"{what} is {value}"
-        if what == "scaled gradient":
-            text = f"scaled gradient is not finite {self.skipped} times in a row; loss scale {scaler.get_scale():g}"
-        if not enough:
-            level = logging.INFO if what == "scaled gradient" else logging.WARNING
-            print_log(f"{text} on images {', '.join(self._images(runner))}: weights not updated", "current", level)
-            for buffer, before in zip(runner.model.buffers(), self.buffers, strict=bool(self.buffers)):
-                buffer.copy_(before)
-            return
-        images, found = self._images(runner), self._find(runner)
-        reports = all_gather_object((lost and here[0], text, images, found))
+            scale = f"the loss scale is now {self.scaler.get_scale():g}"
+            text = f"scaled gradient is not finite {self.skipped} times in a row; {scale}"
+            level, enough = logging.INFO, self.skipped >= self.max_skipped_steps
+        if enough:
+            self._stop(runner, sent, text, its_own=lost and not math.isfinite(loss))
+        print_log(f"{text} on images {', '.join(self._images(runner, sent))}: weights not updated", "current", level)
+        for buffer, before in zip(runner.model.buffers(), self.buffers, strict=bool(self.buffers)):
+            buffer.copy_(before)
+
+    def _stop(self, runner: Runner, step: Step, text: str, its_own: bool) -> NoReturn:
+        """Raise the error, the same in all processes."""
+        images, found = self._images(runner, step), self._find(runner, step)
+        reports = all_gather_object((its_own, text, images, found))
         # Report the process whose own numbers are bad, by its loss or by what running the step again found.
         rank, (_, text, images, found) = min(
             enumerate(reports), key=lambda item: (not item[1][0], not item[1][3], item[0])
         )
         process = f" in process {rank}" if len(reports) > 1 else ""
-        raise UserError(self._line(runner, text + process, images, found, log=rank == get_rank()))
+        raise UserError(self._line(step, text + process, images, found, log=rank == get_rank()))
 
-    def _find(self, runner: Runner) -> list[str]:
+    def _find(self, runner: Runner, step: Step) -> list[str]:
         """Run the step again, with the same random numbers."""
-        set_random_state(self.random_state)
+        set_random_state(step.random_state)
         model = bare(runner.model)
-        scaler = getattr(runner.optim_wrapper, "loss_scaler", None)
         context = runner.optim_wrapper.optim_context(model)
-        return first_non_finite(model, self.batch, context, scaler.get_scale() if scaler else 1.0)
+        return first_non_finite(model, step.batch, context, self.scaler.get_scale() if self.scaler else 1.0)
 
-    def _line(self, runner: Runner, text: str, images: Sequence[str], found: Sequence[str], log: bool = True) -> str:
+    def _line(self, step: Step, text: str, images: Sequence[str], found: Sequence[str], log: bool = True) -> str:
         """The error message; its details are logged."""
-        where = f"at epoch {runner.epoch + 1}, iteration {runner.iter + 1}"
+        where = f"at epoch {step.epoch + 1}, iteration {step.iter + 1}"
         first = found[0] if found else "nothing when the step was run again"
         if log:
             details = "".join(f"\n  {line}" for line in found)
@@ -229,9 +228,9 @@ class StopOnNonFiniteHook(Hook):
         more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
         return f"{text} {where}, on images {', '.join(images[:SHOWN])}{more}; first non-finite: {first}"
 
-    def _images(self, runner: Runner) -> list[str]:
+    def _images(self, runner: Runner, step: Step) -> list[str]:
         """Ids and paths of the batch's images, or their places in the data set."""
-        samples = self.batch.get("data_samples") if isinstance(self.batch, dict) else None
+        samples = step.batch.get("data_samples") if isinstance(step.batch, dict) else None
         if isinstance(samples, list) and all(hasattr(sample, "img_path") for sample in samples):
             ids = [sample.get("img_id") for sample in samples]
             paths = [sample.img_path for sample in samples]
@@ -239,17 +238,8 @@ class StopOnNonFiniteHook(Hook):
         loader = runner.train_dataloader
         batches = getattr(loader.batch_sampler, "batches", loader.batch_sampler)  # inside ResumableBatches
         if type(batches) is not BatchSampler or not isinstance(runner.train_loop, EpochBasedTrainLoop):
-            return [f"of batch {self.batch_idx}"]
+            return [f"of batch {step.batch_idx}"]
         # mmengine's sampler gives the same order again within an epoch.
-        indices = next(islice(batches, self.batch_idx, None), [])
+        indices = next(islice(batches, step.batch_idx, None), [])
         name = getattr(loader.dataset, "image_name", lambda index: f"at place {index}")
         return [name(index) for index in indices]
-
-
-def _anywhere(*flags: bool) -> list[bool]:
-    """Which of these are true in any process."""
-    if not is_distributed():
-        return list(flags)
-    summed = torch.tensor([float(flag) for flag in flags])
-    all_reduce(summed)
-    return (summed > 0).tolist()

@@ -224,9 +224,9 @@ class LORSA(Servable):
         Args:
             query: q.
             layer: i.
-            folded: what :meth:`for_pass` returned, for a caller that goes through all layers.
+            folded: the ``layers`` of what :meth:`for_pass` returned, for a caller that goes through all layers.
         """
-        folded = self.for_pass() if folded is None else folded
+        folded = self.for_layer() if folded is None else folded
         if folded is not None:
             return [self._generate(query, s, None, linear) for s, linear in enumerate(folded[layer])]
         private = self.private[layer]

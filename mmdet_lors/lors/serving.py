@@ -1,10 +1,13 @@
 """Serving a stack folded: its plain weights are kept in memory beside the parameters, which nobody touches."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from mmdet_lors.transfer import ToHost
 
 
 class Fingerprint(NamedTuple):
@@ -13,23 +16,33 @@ class Fingerprint(NamedTuple):
     kinds: list[tuple]
     """Device, data type, shape and version of each."""
     sketch: Tensor
-    """The product of every row with one fixed vector, on the host: it sees writes that versions do not."""
+    """The product of every row with one fixed vector: it sees writes that versions do not."""
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "Fingerprint":
-        """Take it: one matrix-vector product per tensor, and one transfer for all."""
+        """Take it: one matrix-vector product per tensor."""
         kinds, products = [], []
         for t in tensors:
             kinds.append((t.device, t.dtype, t.shape, None if t.is_inference() else t._version))
             rows = t.reshape(-1, t.shape[-1]) if t.dim() else t.reshape(1, 1)
-            weights = torch.arange(1, rows.shape[1] + 1, device=t.device, dtype=torch.float32).cos()
             dtype = torch.promote_types(t.dtype, torch.float32)
-            products.append((rows.to(dtype) @ weights.to(dtype)).double())
-        return cls(kinds, torch.cat(products).cpu())
+            products.append(rows.to(dtype) @ _vector(rows.shape[1], dtype, t.device))
+        return cls(kinds, torch.cat(products))
 
-    def matches(self, other: "Fingerprint") -> bool:
-        """Whether nothing was written between the two."""
-        return self.kinds == other.kinds and torch.equal(self.sketch, other.sketch)
+
+@cache
+def _vector(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(1, length + 1, device=device, dtype=torch.float32).cos().to(dtype)
+
+
+class Served(NamedTuple):
+    """What all layers of one pass serve with."""
+
+    layers: list
+    """Tensors of every layer: see :meth:`Servable.fold_for_serving`."""
+    differs: ToHost | None
+    """Whether the weights are others than those that were folded; None where they were folded just now."""
 
 
 class Servable(nn.Module):
@@ -64,9 +77,8 @@ class Servable(nn.Module):
         self.serving, self._folded = mode, None
         return self
 
-    @property
-    def folded(self) -> list | None:
-        """What every layer serves with, of the weights as they are now; None for a stack that does not serve."""
+    def _served(self) -> Served | None:
+        """What was folded, if of tensors of the same versions; else folds now."""
         sources = [*self.parameters(), *self.buffers()]
         if not self.serving or any(t.is_meta for t in sources):
             return None
@@ -74,21 +86,46 @@ class Servable(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(sources[0].device.type, enabled=False):
             now = Fingerprint.of(sources)
             kept = self._folded
-            if kept is None or not kept[0].matches(now):
-                kept = now, [self.fold_for_serving(i) for i in range(self.num_layers)]
-                self._folded = kept
-        return kept[1]
+            if kept is not None and kept[0].kinds == now.kinds:
+                return Served(kept[1], ToHost((now.sketch != kept[0].sketch).any()))
+            layers = [self.fold_for_serving(i) for i in range(self.num_layers)]
+            self._folded = now, layers
+        return Served(layers, None)
 
-    def for_pass(self) -> list | None:
-        """:attr:`folded` where this pass may use it, for a caller that goes through all layers; else None."""
+    def outdated(self, served: Served | None) -> bool:
+        """Whether a pass went by older weights, which are then dropped: it has to be done again.
+
+        Asked when all of the pass is on its way to the device, which the answer comes before, so that nothing waits.
+        """
+        if served is None or served.differs is None or not served.differs.read():
+            return False
+        self._folded = None
+        return True
+
+    @property
+    def folded(self) -> list | None:
+        """What every layer serves with, of the weights as they are now; None for a stack that does not serve."""
+        served = self._served()
+        while self.outdated(served):
+            served = self._served()
+        return served and served.layers
+
+    def _may_serve(self) -> bool:
+        """Whether this pass may use what is folded: see above."""
         if not self.serving or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return None
+            return False
         parameters = list(self.parameters())
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return None
-        if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        return self.folded
+            return False
+        return not (parameters[0].is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def for_layer(self) -> list | None:
+        """:attr:`folded` where this pass may use it; else None."""
+        return self.folded if self._may_serve() else None
+
+    def for_pass(self) -> Served | None:
+        """For a caller that goes through all layers, and again if they were :meth:`outdated`; None as in for_layer."""
+        return self._served() if self._may_serve() else None
 
     def train(self, mode: bool = True) -> "Servable":
         if mode:

@@ -124,9 +124,9 @@ class LORST(Servable):
         Args:
             x: the layer's input.
             layer: i.
-            folded: what :meth:`for_pass` returned, for a caller that goes through all layers.
+            folded: the ``layers`` of what :meth:`for_pass` returned, for a caller that goes through all layers.
         """
-        folded = self.for_pass() if folded is None else folded
+        folded = self.for_layer() if folded is None else folded
         if folded is not None:
             return F.linear(x, *folded[layer])
         private, bias = self.private[layer], self.bias[layer] if self.bias is not None else None

@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdet_lors.adamixer import criterion
+from mmdet_lors.adamixer import criterion, data_preprocessor
 from mmdet_lors.adamixer.criterion import Criterion
-from mmdet_lors.adamixer.transfer import ConstantsDoNotWait, to_device
+from mmdet_lors.lors.serving import serve
+from mmdet_lors.transfer import ConstantsDoNotWait, ToHost, to_device
 
 aten = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(criterion, "constants_do_not_wait", lambda like: ConstantsDoNotWait())
+    for module in (criterion, data_preprocessor):
+        monkeypatch.setattr(module, "constants_do_not_wait", lambda device: ConstantsDoNotWait())
 
 
 SIZED_BY_VALUES = {aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive}
@@ -41,6 +43,8 @@ class Waits:
         self.found: list[str] = []
         self.on_host: list[Tensor] = []
         """What the host made, or a transfer has brought to it: reading it waits for nothing."""
+        self.on_its_way: list[Tensor] = []
+        """What a transfer brings that nobody has waited for: it is there when the device has been waited for since."""
 
     def reads(self, tensor: Tensor) -> bool:
         """Whether a value of this tensor has to come from the device."""
@@ -81,10 +85,15 @@ class Functions(TorchFunctionMode):
             waits = True
         if func is Tensor.__setitem__ and _has(args[1], Tensor) and not isinstance(args[2], Tensor):
             waits = True
-        if waits or func in TO_HOST and self.waits.reads(args[0]):
+        if waits or func in TO_HOST and self.waits.reads(args[0]) and not _inside(stack_batch):
             self.waits.found.append(func.__name__)
         out = func(*args, **kwargs)
-        if func is Tensor.cpu or func in MAKING:
+        if func is Tensor.to and _inside(ToHost.__init__):
+            self.waits.on_its_way.append(out)
+        if func is Tensor.cpu:
+            self.waits.on_host += [out, *self.waits.on_its_way]
+            self.waits.on_its_way.clear()
+        if func in MAKING and not isinstance(args[0], Tensor):
             self.waits.on_host.append(out)
         return out
 
@@ -132,8 +141,23 @@ def test_training_waits_for_the_matching_alone(name, num_boxes):
 def test_inference_waits_for_nothing(name):
     model, samples = build(name).eval(), data_samples([1, 1], (96, 96), 10)
     with counted() as waits, torch.no_grad():
-        model.predict(torch.randn(2, 3, 96, 96), samples)
+        model.test_step(dict(inputs=[torch.zeros(3, 96, 96, dtype=torch.uint8)] * 2, data_samples=samples))
     assert waits == []
+
+
+@torch.no_grad()
+def test_inference_asks_whether_folded_weights_are_old_when_all_is_on_its_way(monkeypatch):
+    model, samples = serve(build(LORS_DIGITS).eval()), data_samples([1, 1], (96, 96), 10)
+    images, done = torch.randn(2, 3, 96, 96), []
+    model.predict(images, samples)
+    for stage in model.decoder.stages:
+        stage.register_forward_hook(lambda *_: done.append("stage"))
+    read = ToHost.read
+    monkeypatch.setattr(ToHost, "read", lambda self: (done.append("read"), read(self))[1])
+    with counted() as waits:
+        model.predict(images, samples)
+    stages = len(model.decoder.stages)
+    assert done == ["stage"] * stages + ["read"] * 2 and waits == ["aten._local_scalar_dense"] * 2
 
 
 class Count(Hook):
@@ -145,18 +169,17 @@ class Count(Hook):
         self.first, self.last, self.waits, self.counting = first, last, None, ExitStack()
 
     def before_train_iter(self, runner: Runner, **_) -> None:
-        if runner.iter == self.first:
+        if runner.iter == self.first - 1:  # in which numbers are read that were sent before
             self.waits = self.counting.enter_context(counted())
+        if runner.iter == self.first:
+            self.waits.clear()
         if runner.iter == self.last:
             self.counting.close()
 
 
 @pytest.mark.parametrize("accumulative_counts", [1, 2])
-def test_a_run_waits_twice_an_iteration(accumulative_counts, tiny_digits, tmp_path):
-    """For the matching, and for the norm and all that is logged together.
-
-    And mmengine brings an index from the host for every image, whose channels it swaps.
-    """
+def test_a_run_waits_once_an_iteration(accumulative_counts, tiny_digits, tmp_path):
+    """For the matching: losses, norm and what is logged are read after the next one."""
     cfg = load_config(LORS_DIGITS)
     cfg.train_dataloader.update(num_workers=1, batch_size=2)  # reading pictures is not counted
     cfg.train_dataloader.dataset.data_root = str(tiny_digits)
@@ -170,7 +193,7 @@ def test_a_run_waits_twice_an_iteration(accumulative_counts, tiny_digits, tmp_pa
     run.register_hook(count, priority="HIGHEST")
     assert run.model.data_preprocessor._non_blocking
     run.train()
-    assert count.waits == ["__getitem__", "__getitem__", "cpu", "cpu"] * 4
+    assert count.waits == ["cpu"] * 4
 
 
 def test_constants_of_mmdet_are_pinned_copies():
@@ -181,6 +204,25 @@ def test_constants_of_mmdet_are_pinned_copies():
     with counted() as outside:
         x.new_tensor([1.5])
     assert outside == ["new_tensor"]
+
+
+@pytest.mark.parametrize("swap", [dict(bgr_to_rgb=True), dict(rgb_to_bgr=True), dict()])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_images_are_prepared_as_by_mmdet(swap, stacked):
+    fields = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], pad_size_divisor=32, **swap)
+    images = torch.randint(256, (2, 3, 40, 50), dtype=torch.uint8)
+    batch = dict(inputs=images if stacked else list(images), data_samples=data_samples([1, 2], (40, 50), 10))
+    ours = MODELS.build(dict(type="NonBlockingDetDataPreprocessor", **fields))
+    theirs = MODELS.build(dict(type="DetDataPreprocessor", **fields))
+    with counted() as waits:
+        found = ours(batch, True)["inputs"]
+    assert waits == [] and torch.equal(found, theirs(batch, True)["inputs"])
+
+
+def test_an_index_that_is_a_mask_stays_one():
+    x = torch.arange(6).view(2, 3)
+    with ConstantsDoNotWait():
+        assert x[[True, False], ...].tolist() == [[0, 1, 2]] and x[:, [2, 0]].tolist() == [[2, 0], [5, 3]]
 
 
 def test_every_kind_of_wait_is_counted():

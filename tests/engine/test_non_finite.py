@@ -13,6 +13,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim.optimizer import amp_optimizer_wrapper
@@ -26,6 +27,8 @@ from mmdet_lors.engine import non_finite
 from mmdet_lors.engine.first_non_finite import first_non_finite
 from mmdet_lors.engine.non_finite import StopOnNonFiniteHook
 from mmdet_lors.errors import UserError
+
+OPTIMIZERS = [dict(type="SGD", momentum=0.9), dict(type="AdamW", fused=True)]
 
 
 @pytest.fixture
@@ -50,30 +53,28 @@ class Spoil(torch.autograd.Function):
 
 
 class Spoiler(nn.Module):
-    """NaN in the calls whose numbers are given, from 0; a repeated step does what its first run did."""
+    """NaN in the steps whose numbers are given, from 0; a repeated step does what its first run did."""
 
-    forward_at, backward_at, call = (), (), -1
+    forward_at, backward_at, step = (), (), 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return Spoil.apply(x, self.call in self.forward_at, self.call in self.backward_at)
+        return Spoil.apply(x, self.step in self.forward_at, self.step in self.backward_at)
 
 
 class Small(BaseModel):
-    """first -> spoiler -> last -> mean square; plus infinity in the calls of ``infinite_at``, which has no gradient."""
+    """first -> spoiler -> last -> mean square; plus infinity in the steps of ``infinite_at``, which has no gradient."""
 
     infinite_at = ()
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.spoiler, self.last = nn.Linear(3, 4), Spoiler(), nn.Linear(4, 1)
-
-    def train_step(self, data: dict, optim_wrapper) -> dict:
-        self.spoiler.call += 1
-        return super().train_step(data, optim_wrapper)
+        self.images = 2 * get_world_size()
 
     def forward(self, inputs: Tensor, data_samples: list, mode: str) -> dict:
+        self.spoiler.step = int(inputs[0][0] - 1) // self.images
         loss = self.last(self.spoiler(self.first(torch.stack(list(inputs))))).square().mean()
-        return dict(loss_square=loss + torch.inf if self.spoiler.call in self.infinite_at else loss)
+        return dict(loss_square=loss + torch.inf if self.spoiler.step in self.infinite_at else loss)
 
 
 class Points(Dataset):
@@ -88,9 +89,18 @@ class Points(Dataset):
 
 
 def runner(
-    work, model=None, data=None, wrapper=None, hook=None, collate=pseudo_collate, loop="EpochBasedTrainLoop", **fields
+    work,
+    model=None,
+    data=None,
+    wrapper=None,
+    hook=None,
+    collate=pseudo_collate,
+    loop="EpochBasedTrainLoop",
+    interval=100,
+    default_hooks=(),
+    **fields,
 ) -> Runner:
-    """Two images a step, six steps an epoch."""
+    """Two images a step, six steps an epoch, which are logged at its end."""
     runner.number = getattr(runner, "number", 0) + 1
     optimizer = dict(type="SGD", lr=0.01, momentum=0.9)
     return Runner(
@@ -106,7 +116,7 @@ def runner(
         train_cfg=dict(type=loop, max_epochs=1),
         optim_wrapper=wrapper or dict(type="OptimWrapper", optimizer=optimizer, clip_grad=dict(max_norm=1.0)),
         custom_hooks=[hook or dict(type="StopOnNonFiniteHook"), dict(type=Weights)],
-        default_hooks=dict(logger=dict(type="LoggerHook", interval=1)),
+        default_hooks=dict(default_hooks, logger=dict(type="LoggerHook", interval=interval)),
         experiment_name=f"non_finite_{runner.number}",
         default_scope="mmdet",
         log_level="WARNING",
@@ -138,14 +148,18 @@ def stopped(trained: Runner) -> str:
     return str(error.value)
 
 
-def test_a_nan_loss_stops_with_images_and_the_first_module(tmp_path):
-    trained = runner(tmp_path)
+@pytest.mark.parametrize(("interval", "stops_at"), [(100, 3), (1, 2)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_a_nan_loss_stops_with_images_and_the_first_module(optimizer, interval, stops_at, tmp_path):
+    """The host learns of it a step later, or where a line is logged; nothing is updated meanwhile."""
+    wrapper = dict(type="OptimWrapper", optimizer=dict(optimizer, lr=0.01), clip_grad=dict(max_norm=1.0))
+    trained = runner(tmp_path, wrapper=wrapper, interval=interval)
     trained.model.spoiler.forward_at = (2,)
     assert stopped(trained) == (
         "loss is nan at epoch 1, iteration 3, on images 104 (4.png), 105 (5.png); "
         "first non-finite: output of spoiler (Spoiler), last (Linear)"
     )
-    assert trained.iter == 2
+    assert trained.iter == stops_at and same(trained.weights[2], trained.weights[-1])
 
 
 def test_a_nan_gradient_of_a_finite_loss_stops(tmp_path):
@@ -189,15 +203,19 @@ def test_nan_boxes_and_pixels_are_named():
     ]
 
 
-def test_patience_skips_updates_and_goes_on(tmp_path):
-    trained = runner(tmp_path, hook=dict(type="StopOnNonFiniteHook", patience=3))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_patience_skips_updates_and_goes_on(optimizer, tmp_path):
+    wrapper = dict(type="OptimWrapper", optimizer=dict(optimizer, lr=0.01))
+    trained = runner(tmp_path, wrapper=wrapper, hook=dict(type="StopOnNonFiniteHook", patience=3))
     trained.model.spoiler.forward_at, trained.model.spoiler.backward_at = (1, 2), (4,)
     model = trained.train()
     weights = [*trained.weights, list(model.parameters())]
     # Before and after each of six steps; momentum did not move them either.
     assert [same(weights[i], weights[i + 1]) for i in range(6)] == [False, True, True, False, True, False]
     assert all(p.isfinite().all() for p in model.parameters())
-    assert "train_step" not in vars(model)
+    assert "train_step" not in vars(model) and "found_inf" not in vars(trained.optim_wrapper.optimizer)
+    steps = {int(state["step"]) for state in trained.optim_wrapper.optimizer.state.values() if "step" in state}
+    assert steps in (set(), {3})
 
 
 def test_running_statistics_are_not_spoilt_either(tmp_path):
@@ -292,10 +310,10 @@ def test_the_loss_scaler_may_skip_steps(scaled, fused, clip, tmp_path):
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_loss_scaler_skips_at_most_so_many(scaled, fused, tmp_path):
     trained = runner(tmp_path, wrapper=scaled(1.0, fused), hook=dict(type="StopOnNonFiniteHook", max_skipped_steps=4))
-    trained.model.spoiler.backward_at = (1, 2, 3, 4)
+    trained.model.spoiler.backward_at = (1, 2, 3, 4, 5)
     message = stopped(trained)
     assert message.startswith(
-        "scaled gradient is not finite 4 times in a row; loss scale 0.0625 at epoch 1, iteration 5"
+        "scaled gradient is not finite 4 times in a row; the loss scale is now 0.03125 at epoch 1, iteration 5"
     )
     assert message.endswith("gradient of the output of first")
 
@@ -370,13 +388,6 @@ def test_classification_names_the_images_places(loop, tmp_path):
     assert "output of network.blocks.0.mlp.fc1" not in message and "output of network.blocks.0.mlp" in message
 
 
-class Count(Hook):
-    """Counts the steps for the model: DistributedDataParallel does not call the model's own train_step."""
-
-    def before_train_iter(self, runner: Runner, **_) -> None:
-        runner.model.module.spoiler.call += 1
-
-
 def worker(rank: int, port: int, out: Path) -> None:
     """One of two processes; the second computes NaN, then in another run infinity, in its second step."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
@@ -395,11 +406,10 @@ def worker(rank: int, port: int, out: Path) -> None:
             model.spoiler.forward_at = (1,)
         elif rank:
             model.infinite_at = (1,)  # seen by this process alone: every gradient is finite
-        trained.register_hook(Count())
         try:
             trained.train()
         except UserError as error:
-            assert same(list(model.parameters()), trained.weights[-1]) == (kind == "nan")
+            assert same(list(model.parameters()), trained.weights[1]) == (kind == "nan")
             (out / f"{kind}_{rank}.txt").write_text(str(error))
     torch.distributed.destroy_process_group()
 

@@ -17,8 +17,6 @@ from .runs import Runs
 from .waits import counted
 
 BF16 = torch.bfloat16
-IMAGES = 8
-"""In a batch of the digits' config."""
 
 
 def short(x: float) -> str:
@@ -37,16 +35,12 @@ def size(machine: Machine) -> tuple[int, int]:
 
 
 def waits(machine: Machine, sheet: Sheet) -> None:
-    """Section 6: a step waits once, in the matching, and inference not at all.
-
-    A run also waits for the NaN watch, and for an index that mmengine copies for every image, to swap its channels.
-    Folded inference waits for the two comparisons of its weights.
-    """
+    """Section 6: a step waits once, in the matching, also with data and hooks; inference does not wait at all."""
     if not machine.cuda:
         raise Skipped("a CPU does not wait")
     rows, steps = sheet.table("", "waits per iteration", "of them", "where"), 3
     for name, work, most in (("LORS", "step", 1), ("plain 2x64", "inference", 0), ("LORS", "inference", 0),
-                             ("LORS, served folded", "inference", 2)):  # fmt: skip
+                             ("LORS, served folded", "inference", 0)):  # fmt: skip
         case = Case(name, work, 100, 2, (480, 320), "detector", str(machine.device), amp=BF16,
                     sampling=best_sampling(machine, BF16))  # fmt: skip
         case()
@@ -63,7 +57,7 @@ def waits(machine: Machine, sheet: Sheet) -> None:
     if status or not file.is_file():
         sheet.fail(f"the run ended with exit status {status}: {process.last_line()}")
     else:
-        rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 2 + IMAGES)
+        rows += tell(sheet, "tools/train.py, with data and hooks", json.loads(file.read_text()), 10, 1)
 
 
 def tell(sheet: Sheet, what: str, found: dict[str, int], steps: int, most: int) -> list[list[str]]:

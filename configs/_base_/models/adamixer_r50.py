@@ -1,12 +1,11 @@
 model = dict(
     type="QueryBased",
     data_preprocessor=dict(
-        type="DetDataPreprocessor",
+        type="NonBlockingDetDataPreprocessor",
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_size_divisor=32,
-        non_blocking=True,
     ),
     backbone=dict(
         type="ResNet",

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mmdet_lors.errors import UserError, first_line
 from mmdet_lors.lors.recompute import recompute
-
-from ..transfer import to_device
+from mmdet_lors.transfer import to_device
 
 
 class Pyramid(NamedTuple):

@@ -115,6 +115,7 @@ class ReliableCheckpointHook(CheckpointHook):
 
     def _with_state(self, runner: Runner, meta: dict) -> dict:
         """``meta``, with what :meth:`before_save_checkpoint` takes out again; called by all processes."""
+        runner.call_hook("before_checkpoint")  # ReadLateHook's
         before_validation = self._validation and self._validation.random_state
         return dict(meta, exact_resume=exact_state(runner, meta, self._batch, before_validation))
 
