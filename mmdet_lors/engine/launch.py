@@ -70,8 +70,9 @@ def load_config(
             cfg.merge_from_dict(options)
         except (KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
             raise UserError(f"--cfg-options does not fit config {path}: {error.args[0]}") from error
+    on_gpu = torch.cuda.is_available() and get_device() == "cuda"
     for split in ("train", "val", "test"):
-        _settle_workers(cfg.get(f"{split}_dataloader"))
+        _settle_loader(cfg.get(f"{split}_dataloader"), on_gpu)
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get("work_dir") or str(Path("work_dirs") / name)
     init_default_scope(cfg.get("default_scope", "mmdet"))
@@ -82,11 +83,16 @@ def load_config(
     return cfg
 
 
-def _settle_workers(loader: dict | None) -> None:
-    """Leave out what torch takes for worker processes only, where there are none."""
+def _settle_loader(loader: dict | None, on_gpu: bool) -> None:
+    """Leave out what torch takes for worker processes only, where there are none; pin images that go to a GPU.
+
+    From memory that is not pinned, the host copies them when the GPU has done all that was asked of it before.
+    """
     if loader and not loader.get("num_workers"):
         for field in ("persistent_workers", "prefetch_factor", "multiprocessing_context"):
             loader.pop(field, None)
+    if loader and on_gpu:
+        loader.setdefault("pin_memory", True)
 
 
 def _prepare_cpu(cfg: Config) -> None:

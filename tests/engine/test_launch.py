@@ -7,10 +7,14 @@ import sys
 import time
 
 import mmengine.config.utils
+import mmengine.device.utils
 import pytest
+import torch
 from conftest import LORS_DIGITS, ROOT, free_port
 from mmengine.config import Config
 from mmengine.config import config as mmengine_config
+
+from mmdet_lors.engine import launch
 
 WAITING = f"""
 from mmdet_lors.engine import launch
@@ -74,3 +78,11 @@ def test_configs_of_other_packages_are_found_without_their_metafiles(monkeypatch
     assert Config.fromfile(root / "configs/_base_/datasets/coco.py").dataset_type == "CocoDataset"
     with pytest.raises(FileNotFoundError, match="nothing.py"):
         Config._get_cfg_path("mmdet::_base_/nothing.py", "")
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", [True, False]), ("cpu", [None, False])])
+def test_images_are_pinned_where_they_go_to_a_gpu(device, pinned, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(mmengine.device.utils, "DEVICE", device)
+    cfg = launch.load_config(ROOT / LORS_DIGITS, {"val_dataloader.pin_memory": False})
+    assert [cfg.train_dataloader.get("pin_memory"), cfg.val_dataloader.pin_memory] == pinned
