@@ -7,7 +7,7 @@ from .compatibility import check_versions, has_mmdet, hide_others_deprecations
 __version__ = "0.1.0"
 
 # For ``python -m mmdet_lors``, Python imports the package before it runs __main__.py, which forgets this import: a tool
-# first reads its command line and says how OpenMP waits. ``-m`` of a package that imports this one is another matter.
+# reads its command line before it imports torch. ``-m`` of a package that imports this one is another matter.
 _argv = getattr(sys, "argv", [])
 _for_main = _argv[:1] == ["-m"] and sys.orig_argv[-len(_argv) :][:1] == ["mmdet_lors"]
 

@@ -86,7 +86,7 @@ def load_config(
 def _settle_loader(loader: dict | None, on_gpu: bool) -> None:
     """Leave out what torch takes for worker processes only, where there are none; pin images that go to a GPU.
 
-    From memory that is not pinned, the host copies them when the GPU has done all that was asked of it before.
+    To copy from other memory, CUDA may make the host wait until the GPU has done all that was asked of it before.
     """
     if loader and not loader.get("num_workers"):
         for field in ("persistent_workers", "prefetch_factor", "multiprocessing_context"):
