@@ -69,7 +69,8 @@ class LateRuntimeInfoHook(ReadLateHook, RuntimeInfoHook):
 
     def send(self, runner: Runner, outputs: dict | None) -> tuple[dict, list[str], ToHost | None]:
         """All of them, those on the model's device in one transfer."""
-        outputs = dict(outputs or {})
+        # Detached: the loss would keep what its graph holds until the next step is done.
+        outputs = {name: v.detach() if isinstance(v, Tensor) else v for name, v in (outputs or {}).items()}
         places = [value.device for value in outputs.values() if isinstance(value, Tensor)]
         device = next((place for place in places if place.type != "cpu"), torch.device("cpu"))
         names = [name for name, value in outputs.items() if isinstance(value, Tensor) and value.device == device]

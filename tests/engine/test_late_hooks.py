@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.hooks import RuntimeInfoHook
+from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from test_non_finite import runner
@@ -66,3 +66,21 @@ def test_no_checkpoint_is_written_after_a_nan(step, saved, tmp_path):
     with pytest.raises(UserError, match=f"loss is nan at epoch 1, iteration {step}, .*output of norm"):
         made.train()
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [f"iter_{i}.pth" for i in saved]
+
+
+class Graphs(Hook):
+    """Counts what hooks keep of a step's graph."""
+
+    priority = "LOWEST"
+    kept = 0
+
+    def after_train_iter(self, runner: Runner, **_) -> None:
+        (info,) = [hook for hook in runner.hooks if isinstance(hook, LateRuntimeInfoHook)]
+        self.kept += sum(v.requires_grad for v in (info.unread or [{}])[0].values() if isinstance(v, Tensor))
+
+
+def test_no_graph_is_kept_until_the_next_step(tmp_path):
+    made = run(tmp_path, LateRuntimeInfoHook, 100)
+    made.register_hook(graphs := Graphs())
+    made.train()
+    assert graphs.kept == 0
