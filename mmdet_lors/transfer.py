@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+if TYPE_CHECKING:
+    import numpy as np
 
-def to_device(values: Sequence | np.ndarray, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+
+def to_device(values: "Sequence | np.ndarray", like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Values as a tensor on the device of ``like``.
 
     ``torch.tensor(values, device="cuda")`` and ``new_tensor`` copy from memory that is not pinned, and wait until the

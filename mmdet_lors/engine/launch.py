@@ -132,6 +132,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     if is_distributed():
         # gloo's threads abort a process that ends while they still run. They end with the last that holds the group:
-        # the model in DistributedDataParallel, which is in a reference cycle with the runner.
+        # the model in DistributedDataParallel, which is in a reference cycle with the runner. It would wait for them
+        # without letting go of the interpreter, which a thread needs that frees a tensor; this reference lets go.
+        group = torch.distributed.group.WORLD
         torch.distributed.destroy_process_group()
         gc.collect()
+        del group
