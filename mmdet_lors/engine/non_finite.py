@@ -144,7 +144,6 @@ class StopOnNonFiniteHook(ReadLateHook):
             except (UserError, torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:
-                self.read_rest(runner)
                 images = self._images(runner, self.step)
                 try:
                     found = self._find(runner, self.step)
