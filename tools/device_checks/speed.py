@@ -73,27 +73,30 @@ def tell(sheet: Sheet, what: str, found: dict[str, int], steps: int, most: int) 
 
 
 def combinations(machine: Machine) -> list[tuple]:
-    """(variant, work, batch, queries, autocast, compiled), the most telling first."""
+    """(variant, work, batch, queries, autocast, how), the most telling first.
+
+    How: 'compiled', the decoder's stages; 'channels last', the backbone's convolutions; or neither.
+    """
     trained = ["LORS", "plain 2x64", "plain 4x32"]
     served = ["LORS, served folded", "LORS", "plain 2x64"]
     if machine.tiny:
         return [
-            ("LORS", "step", 2, 4, None, False), ("LORS, served folded", "inference", 2, 4, None, False),
-            ("naive LORS", "step", 2, 4, None, False), ("LORS", "inference", 2, 4, None, True),
-            ("LORS", "inference", 1, 4, BF16, False),
+            ("LORS", "step", 2, 4, None, ""), ("LORS, served folded", "inference", 2, 4, None, ""),
+            ("naive LORS", "step", 2, 4, None, ""), ("LORS", "inference", 2, 4, None, "compiled"),
+            ("LORS", "step", 2, 4, BF16, "channels last"),
         ]  # fmt: skip
 
     def group(batch, queries, amp, naive=()) -> list[tuple]:
         works = [*((v, "step") for v in trained), *((v, "inference") for v in served)]
         works += [(v, work) for v in naive for work in ("step", "inference")]
-        return [(*work, batch, queries, amp, False) for work in works]
+        return [(*work, batch, queries, amp, "") for work in works]
 
     naive = ("naive LORS", "naive plain 2x64")
     return [
-        *group(16, 300, BF16), ("naive LORS", "step", 16, 300, BF16, False),
-        *group(2, 300, BF16, naive), *group(16, 300, None),
-        ("LORS", "step", 16, 300, BF16, True), ("LORS, served folded", "inference", 16, 300, BF16, True),
-        *group(16, 100, BF16), *group(2, 300, None, naive), ("LORS", "step", 2, 300, BF16, True),
+        *group(16, 300, BF16), ("naive LORS", "step", 16, 300, BF16, ""),
+        ("LORS", "step", 16, 300, BF16, "channels last"), *group(2, 300, BF16, naive), *group(16, 300, None),
+        ("LORS", "step", 16, 300, BF16, "compiled"), ("LORS, served folded", "inference", 16, 300, BF16, "compiled"),
+        *group(16, 100, BF16), *group(2, 300, None, naive), ("LORS", "step", 2, 300, BF16, "compiled"),
         *group(2, 100, BF16, naive), *group(16, 100, None), *group(2, 100, None, naive),
     ]  # fmt: skip
 
@@ -111,8 +114,9 @@ def speed(machine: Machine, sheet: Sheet) -> None:
     # What comes next may take as long as what took longest; six stages, twice as long to compile as three.
     slowest, compilation = 0.0, 2 * machine.figure("compile", "first step", 20.0)
     for row in combinations(machine):
-        name, work, batch, queries, amp, compiled = row
-        label = [name, work, str(batch), str(queries), name_of(amp) + (", compiled" if compiled else "")]
+        name, work, batch, queries, amp, how = row
+        label = [name, work, str(batch), str(queries), name_of(amp) + (f", {how}" if how else "")]
+        compiled = how == "compiled"
         begin = time.monotonic()
         if machine.left() < (3 if machine.tiny else slowest + compiled * compilation):
             found = dict(result="not run")
@@ -133,12 +137,13 @@ def speed(machine: Machine, sheet: Sheet) -> None:
 
 
 def speed_of(
-    machine: Machine, name: str, work: str, batch: int, queries: int, amp: torch.dtype | None, compiled: bool,
+    machine: Machine, name: str, work: str, batch: int, queries: int, amp: torch.dtype | None, how: str = "",
     level: str = "detector",
 ) -> dict:  # fmt: skip
     """One row: 'result' ('timed', 'out of memory' or 'failed: ...') and its figures."""
     backend = best_sampling(machine, amp)
     found = dict(result="timed", sampling="grid_sample" if name.startswith("naive") else backend)
+    compiled = how == "compiled"
     compile = dict(backend="aot_eager") if compiled and machine.tiny else compiled
     stages = 2 if machine.tiny and level == "detector" else 6
     case = None
@@ -148,6 +153,8 @@ def speed_of(
     try:
         case = Case(name, work, queries, batch, size(machine), level, str(machine.device), amp=amp, compile=compile,
                     sampling=backend, stages=stages)  # fmt: skip
+        if how == "channels last":
+            case.model.backbone.to(memory_format=torch.channels_last)
         begin = time.perf_counter()
         case()
         found["first, s"] = time.perf_counter() - begin
@@ -183,7 +190,7 @@ def matrix_rate(machine: Machine, sheet: Sheet) -> None:
                     rows.append([name, work, name_of(amp), "not run", "", ""])
                     continue
                 variant = "LORS, served folded" if name == "LORS" and work == "inference" else name
-                found = speed_of(machine, variant, work, batch, queries, amp, False, level="decoder")
+                found = speed_of(machine, variant, work, batch, queries, amp, level="decoder")
                 if "ms" not in found:
                     rows.append([variant, work, name_of(amp), found["result"], "", ""])
                     continue
