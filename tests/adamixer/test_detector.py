@@ -143,15 +143,15 @@ def test_images_of_a_batch_do_not_see_each_other():
     assert torch.allclose(alone.cls_score[0], both.cls_score[0], atol=1e-9)
 
 
-def test_channels_last_features_give_the_same():
-    model = build(LORS_DIGITS).eval()
-    images = torch.randn(2, 3, 96, 96)
-    with torch.no_grad():
-        expected = model(images, mode="tensor")[-1]
-        ours = model.to(memory_format=torch.channels_last)(
-            images.contiguous(memory_format=torch.channels_last), mode="tensor"
-        )[-1]
-    assert torch.allclose(ours.bboxes, expected.bboxes, rtol=1e-4, atol=1e-3)
+@torch.no_grad()
+@pytest.mark.parametrize(("channels_last", "laid_out"), [(None, True), (True, True), (False, False)])
+def test_images_are_channels_last_on_a_cpu(channels_last, laid_out):
+    cfg, images = load_config(LORS_DIGITS).model, torch.randn(2, 3, 96, 96)
+    model = MODELS.build(dict(cfg, channels_last=channels_last)).eval()
+    assert model.extract_feat(images)[0].is_contiguous(memory_format=torch.channels_last) == laid_out
+    found = model(images, mode="tensor")[-1]
+    model.channels_last = not laid_out
+    assert torch.allclose(model(images, mode="tensor")[-1].bboxes, found.bboxes, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def tell(sheet: Sheet, what: str, found: dict[str, int], steps: int, most: int) 
 def combinations(machine: Machine) -> list[tuple]:
     """(variant, work, batch, queries, autocast, how), the most telling first.
 
-    How: 'compiled', the decoder's stages; 'channels last', the backbone's convolutions; or neither.
+    How: 'compiled', the decoder's stages; 'channels last', the images; or neither.
     """
     trained = ["LORS", "plain 2x64", "plain 4x32"]
     served = ["LORS, served folded", "LORS", "plain 2x64"]
@@ -154,7 +154,7 @@ def speed_of(
         case = Case(name, work, queries, batch, size(machine), level, str(machine.device), amp=amp, compile=compile,
                     sampling=backend, stages=stages)  # fmt: skip
         if how == "channels last":
-            case.model.backbone.to(memory_format=torch.channels_last)
+            case.model.channels_last = True
         begin = time.perf_counter()
         case()
         found["first, s"] = time.perf_counter() - begin
