@@ -173,7 +173,7 @@ class AdaMixerDecoder(Criterion):
             positions = positions.detach()
         served = (self.lorsa, generators), (self.lorst, projections)
         if any([half is not None and half.outdated(layers) for half, layers in served]):
-            return self(feats, xyzr, content, until)
+            return self.forward(feats, xyzr, content, until)
         return outputs
 
     def predict(

@@ -1,7 +1,6 @@
 """Serving a stack folded: its plain weights are kept in memory beside the parameters, which nobody touches."""
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +20,17 @@ class Fingerprint(NamedTuple):
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> "Fingerprint":
         """Take it: one matrix-vector product per tensor."""
+        tensors = list(tensors)
+        longest = max(t.shape[-1] if t.dim() else 1 for t in tensors)
+        devices = {t.device for t in tensors}
+        vectors = {device: torch.arange(1, longest + 1, device=device, dtype=torch.float32).cos() for device in devices}
         kinds, products = [], []
         for t in tensors:
             kinds.append((t.device, t.dtype, t.shape, None if t.is_inference() else t._version))
             rows = t.reshape(-1, t.shape[-1]) if t.dim() else t.reshape(1, 1)
             dtype = torch.promote_types(t.dtype, torch.float32)
-            products.append(rows.to(dtype) @ _vector(rows.shape[1], dtype, t.device))
+            products.append(rows.to(dtype) @ vectors[t.device][: rows.shape[1]].to(dtype))
         return cls(kinds, torch.cat(products))
-
-
-@cache
-def _vector(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(1, length + 1, device=device, dtype=torch.float32).cos().to(dtype)
 
 
 class Served(NamedTuple):
@@ -53,7 +50,7 @@ class Servable(nn.Module):
     folded, and folds again where they differ. Version counters see writes in place, optimizer steps and loaded state
     dicts, to the last bit. The sketch sees what has no version: writes through ``.data`` (mmengine's EMA), NumPy or
     another process. It may miss such a write where it is lost in rounding, below about 1e-6 of a row's norm. The
-    comparison reads the parameters once a pass.
+    comparison reads the parameters once a pass, and a decoder's pass whose weights turn out to be old is done again.
 
     Passes that may need gradients of the parameters, and those that are traced, compiled, exported or captured, do not
     use the folded weights: they read the parameters.
@@ -95,7 +92,7 @@ class Servable(nn.Module):
     def outdated(self, served: Served | None) -> bool:
         """Whether a pass went by older weights, which are then dropped: it has to be done again.
 
-        Asked when all of the pass is on its way to the device, which the answer comes before, so that nothing waits.
+        Asked when the device has been given all of the pass, so that it computes while the host waits for the answer.
         """
         if served is None or served.differs is None or not served.differs.read():
             return False
