@@ -1,6 +1,7 @@
 _base_ = "adamixer_r50_300-queries_crop-ms-480-800-3x_coco.py"
 
 model = dict(
+    channels_last=False,  # mmcv's deformable convolutions do not take it
     backbone=dict(
         type="ResNeXt",
         depth=101,

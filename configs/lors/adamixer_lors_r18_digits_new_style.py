@@ -23,6 +23,7 @@ with read_base():
 
 model = dict(
     type=QueryBased,
+    channels_last="cpu",
     data_preprocessor=dict(
         type=NonBlockingDetDataPreprocessor,
         mean=[123.675, 116.28, 103.53],

@@ -21,8 +21,8 @@ class QueryBased(BaseDetector):
         decoder: see :class:`AdaMixerDecoder`.
         train_cfg, test_cfg: handed to the decoder.
         data_preprocessor, init_cfg: as in every mmdet detector.
-        channels_last: lay images out channels last, and with them all that convolutions make of them: other memory
-            accesses, and sums in another order. None for where it is faster: on a CPU.
+        channels_last: lay images out channels last, and with them all that the backbone's convolutions make of them; 'cpu'
+            for on a CPU alone. It takes layers that know this layout, as PyTorch's do, and mmcv's deformable ones do not.
 
     Raises:
         UserError: decoder, neck and queries that do not fit together.
@@ -38,9 +38,11 @@ class QueryBased(BaseDetector):
         test_cfg: dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
-        channels_last: bool | None = None,
+        channels_last: bool | str = False,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
+        if channels_last not in (True, False, "cpu"):
+            raise UserError(f"channels_last must be True, False or 'cpu', got {channels_last!r}")
         self.channels_last = channels_last
         self.backbone = MODELS.build(backbone)
         self.neck = MODELS.build(neck)
@@ -69,7 +71,7 @@ class QueryBased(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) -> feature levels."""
-        if batch_inputs.is_cpu if self.channels_last is None else self.channels_last:
+        if self.channels_last is True or self.channels_last == batch_inputs.device.type:
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
         return self.neck(self.backbone(batch_inputs))
 

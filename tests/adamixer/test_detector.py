@@ -144,7 +144,7 @@ def test_images_of_a_batch_do_not_see_each_other():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("channels_last", "laid_out"), [(None, True), (True, True), (False, False)])
+@pytest.mark.parametrize(("channels_last", "laid_out"), [("cpu", True), (True, True), (False, False)])
 def test_images_are_channels_last_on_a_cpu(channels_last, laid_out):
     cfg, images = load_config(LORS_DIGITS).model, torch.randn(2, 3, 96, 96)
     model = MODELS.build(dict(cfg, channels_last=channels_last)).eval()

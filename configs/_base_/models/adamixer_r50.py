@@ -1,5 +1,6 @@
 model = dict(
     type="QueryBased",
+    channels_last="cpu",
     data_preprocessor=dict(
         type="NonBlockingDetDataPreprocessor",
         mean=[123.675, 116.28, 103.53],
