@@ -10,5 +10,5 @@ model = dict(
         dcn=dict(type="DCN", deform_groups=1, fallback_on_stride=False),
         stage_with_dcn=(False, True, True, True),
         init_cfg=dict(checkpoint="open-mmlab://resnext101_32x4d"),
-    )
+    ),
 )

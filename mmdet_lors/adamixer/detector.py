@@ -21,8 +21,8 @@ class QueryBased(BaseDetector):
         decoder: see :class:`AdaMixerDecoder`.
         train_cfg, test_cfg: handed to the decoder.
         data_preprocessor, init_cfg: as in every mmdet detector.
-        channels_last: lay images out channels last, and with them all that the backbone's convolutions make of them; 'cpu'
-            for on a CPU alone. It takes layers that know this layout, as PyTorch's do, and mmcv's deformable ones do not.
+        channels_last: lay images out channels last, and with them all that the backbone's convolutions make of them;
+            'cpu' for on a CPU alone. For layers that know this layout: PyTorch's do, mmcv's deformable ones do not.
 
     Raises:
         UserError: decoder, neck and queries that do not fit together.
