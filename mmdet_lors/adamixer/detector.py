@@ -42,7 +42,7 @@ class QueryBased(BaseDetector):
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         if channels_last not in (True, False, "cpu"):
-            raise UserError(f"channels_last must be True, False or 'cpu', got {channels_last!r}")
+            raise UserError(f"model.channels_last must be True, False or 'cpu', got {channels_last!r}")
         self.channels_last = channels_last
         self.backbone = MODELS.build(backbone)
         self.neck = MODELS.build(neck)
@@ -71,7 +71,7 @@ class QueryBased(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) -> feature levels."""
-        if self.channels_last is True or self.channels_last == batch_inputs.device.type:
+        if self.channels_last in (True, batch_inputs.device.type):
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
         return self.neck(self.backbone(batch_inputs))
 

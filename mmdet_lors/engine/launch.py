@@ -78,7 +78,7 @@ def load_config(
     init_default_scope(cfg.get("default_scope", "mmdet"))
     setup_cache_size_limit_of_dynamo()
     use_start_method(cfg)
-    if not torch.cuda.is_available() or get_device() == "cpu":
+    if not on_gpu:
         _prepare_cpu(cfg)
     return cfg
 

@@ -22,14 +22,13 @@ class Fingerprint(NamedTuple):
         """Take it: one matrix-vector product per tensor."""
         tensors = list(tensors)
         longest = max(t.shape[-1] if t.dim() else 1 for t in tensors)
-        devices = {t.device for t in tensors}
-        vectors = {device: torch.arange(1, longest + 1, device=device, dtype=torch.float32).cos() for device in devices}
+        vector = torch.arange(1, longest + 1, device=tensors[0].device, dtype=torch.float32).cos()
         kinds, products = [], []
         for t in tensors:
             kinds.append((t.device, t.dtype, t.shape, None if t.is_inference() else t._version))
             rows = t.reshape(-1, t.shape[-1]) if t.dim() else t.reshape(1, 1)
             dtype = torch.promote_types(t.dtype, torch.float32)
-            products.append(rows.to(dtype) @ vectors[t.device][: rows.shape[1]].to(dtype))
+            products.append(rows.to(dtype) @ vector[: rows.shape[1]].to(dtype))
         return cls(kinds, torch.cat(products))
 
 

@@ -175,6 +175,7 @@ def test_images_are_channels_last_on_a_cpu(channels_last, laid_out):
             {"train_cfg.assigner": dict(_delete_=True, type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5)},
             "HungarianAssigner",
         ),
+        ({"channels_last": "gpu"}, "model.channels_last must be True, False or 'cpu', got 'gpu'"),
         ({"decoder.stage.num_groups": 3}, "feat_channels 64 is not divisible by num_groups 3"),
         ({"decoder.stage.num_heads": 7}, "content_dim 64 is not divisible by num_heads 7"),
         ({"decoder.featmap_strides": [4, 8]}, "featmap_strides has 2 entries for 3 neck levels"),
