@@ -152,6 +152,9 @@ def test_images_are_channels_last_on_a_cpu(channels_last, laid_out):
     found = model(images, mode="tensor")[-1]
     model.channels_last = not laid_out
     assert torch.allclose(model(images, mode="tensor")[-1].bboxes, found.bboxes, rtol=1e-4, atol=1e-3)
+    model.to(memory_format=torch.channels_last)  # its weights as well
+    ours = model(images.contiguous(memory_format=torch.channels_last), mode="tensor")[-1]
+    assert torch.allclose(ours.bboxes, found.bboxes, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
